@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+//
+// Turns op arguments into params structs and checks every one of them. Used by
+// the CPU and the CUDA launchers alike, so a CPU run shows what a CUDA user sees.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "params.h"
+
+namespace clusterkv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_dim(const Tensor& t, const char* name, int64_t dim) {
+  STD_TORCH_CHECK(t.dim() == dim, name, " must have ", dim, " dimensions, got ", t.dim());
+}
+
+inline void check_size(const Tensor& t, const char* name, int64_t dim, int64_t expected,
+                       const char* meaning) {
+  STD_TORCH_CHECK(t.size(dim) == expected, name, ".size(", dim, ") must equal ", meaning, " (",
+                  expected, "), got ", t.size(dim));
+}
+
+inline void check_dtype(const Tensor& t, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must have dtype ",
+                  torch::headeronly::toString(dtype), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_dense_rows(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name,
+                  " must be dense in its last dimension, got stride ", t.stride(t.dim() - 1));
+}
+
+inline void check_contiguous(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+}
+
+inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids,
+                                 const Tensor& cluster_ends) {
+  check_dim(kv_cache, "kv_cache", 4);
+  check_dim(centroids, "centroids", 4);
+  check_dim(cluster_ends, "cluster_ends", 3);
+  const ScalarType dtype = kv_cache.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float,
+      "kv_cache must have dtype BFloat16, Half or Float, got ",
+      torch::headeronly::toString(dtype));
+  check_dtype(centroids, "centroids", dtype);
+  check_dtype(cluster_ends, "cluster_ends", ScalarType::Short);
+  const int64_t num_blocks = kv_cache.size(0), num_kv_heads = kv_cache.size(1);
+  const int64_t block_size = kv_cache.size(2), row_size = kv_cache.size(3);
+  const int64_t num_clusters = centroids.size(2);
+  STD_TORCH_CHECK(num_kv_heads > 0, "kv_cache.size(1), the KV heads, must be at least 1, got ",
+                  num_kv_heads);
+  STD_TORCH_CHECK(row_size > 0 && row_size % 2 == 0,
+                  "kv_cache.size(3) must be 2 * head_size, got ", row_size);
+  STD_TORCH_CHECK(block_size > 0 && block_size <= 256,
+                  "kv_cache.size(2), the page, must be 1 to 256 tokens, got ", block_size);
+  STD_TORCH_CHECK(num_clusters == 8 || num_clusters == 16 || num_clusters == 32,
+                  "centroids.size(2), the clusters a page, must be 8, 16 or 32, got ",
+                  num_clusters);
+  check_size(centroids, "centroids", 0, num_blocks, "num_blocks");
+  check_size(centroids, "centroids", 1, num_kv_heads, "num_kv_heads");
+  check_size(centroids, "centroids", 3, row_size, "2 * head_size");
+  check_size(cluster_ends, "cluster_ends", 0, num_blocks, "num_blocks");
+  check_size(cluster_ends, "cluster_ends", 1, num_kv_heads, "num_kv_heads");
+  check_size(cluster_ends, "cluster_ends", 2, num_clusters, "num_clusters");
+  check_dense_rows(kv_cache, "kv_cache");
+  check_dense_rows(centroids, "centroids");
+  check_dense_rows(cluster_ends, "cluster_ends");
+  return {kv_cache.data_ptr(),
+          centroids.data_ptr(),
+          static_cast<int16_t*>(cluster_ends.data_ptr()),
+          kv_cache.stride(0),
+          kv_cache.stride(1),
+          kv_cache.stride(2),
+          centroids.stride(0),
+          centroids.stride(1),
+          centroids.stride(2),
+          cluster_ends.stride(0),
+          cluster_ends.stride(1),
+          num_blocks,
+          num_kv_heads,
+          block_size,
+          num_clusters,
+          row_size / 2};
+}
+
+inline DecodeRows check_rows(const SemanticPages& pages, const Tensor& block_table,
+                             const Tensor& seq_lens, int64_t num_heads) {
+  check_dim(block_table, "block_table", 2);
+  check_dim(seq_lens, "seq_lens", 1);
+  check_dtype(block_table, "block_table", ScalarType::Int);
+  check_dtype(seq_lens, "seq_lens", ScalarType::Int);
+  check_size(block_table, "block_table", 0, seq_lens.size(0), "num_reqs");
+  check_dense_rows(block_table, "block_table");
+  check_dense_rows(seq_lens, "seq_lens");
+  STD_TORCH_CHECK(num_heads > 0 && num_heads % pages.num_kv_heads == 0,
+                  "the query's num_heads must be a multiple of num_kv_heads (", pages.num_kv_heads,
+                  "), got ", num_heads);
+  return {static_cast<const int32_t*>(block_table.data_ptr()),
+          static_cast<const int32_t*>(seq_lens.data_ptr()),
+          block_table.stride(0),
+          seq_lens.size(0),
+          block_table.size(1),
+          num_heads};
+}
+
+inline void check_query(const SemanticPages& pages, const Tensor& query, const Tensor& kv_cache,
+                        const char* name) {
+  check_dim(query, name, 3);
+  check_dtype(query, name, kv_cache.scalar_type());
+  check_size(query, name, 2, pages.head_size, "head_size");
+  check_dense_rows(query, name);
+}
+
+inline void check_per_cluster(const Tensor& t, const char* name, ScalarType dtype,
+                              const DecodeRows& rows, int64_t heads, int64_t num_clusters) {
+  check_dim(t, name, 3);
+  check_dtype(t, name, dtype);
+  check_size(t, name, 0, rows.num_reqs, "num_reqs");
+  check_size(t, name, 1, heads, "its number of heads");
+  STD_TORCH_CHECK(t.size(2) == rows.max_blocks * num_clusters, name,
+                  ".size(2) must equal max_blocks * num_clusters (", rows.max_blocks * num_clusters,
+                  "), got ", t.size(2));
+  check_contiguous(t, name);
+}
+
+inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& centroids,
+                                          const Tensor& cluster_ends, const Tensor& block_ids,
+                                          const Tensor& num_sink_tokens, int64_t num_iters) {
+  IndexPagesParams params{};
+  params.pages = check_pages(kv_cache, centroids, cluster_ends);
+  check_dim(block_ids, "block_ids", 1);
+  check_dim(num_sink_tokens, "num_sink_tokens", 1);
+  check_dtype(block_ids, "block_ids", ScalarType::Int);
+  check_dtype(num_sink_tokens, "num_sink_tokens", ScalarType::Int);
+  check_size(num_sink_tokens, "num_sink_tokens", 0, block_ids.size(0), "block_ids.size(0)");
+  check_contiguous(block_ids, "block_ids");
+  check_contiguous(num_sink_tokens, "num_sink_tokens");
+  STD_TORCH_CHECK(num_iters >= 1, "num_iters must be at least 1, got ", num_iters);
+  params.block_ids = static_cast<const int32_t*>(block_ids.data_ptr());
+  params.num_sink_tokens = static_cast<const int32_t*>(num_sink_tokens.data_ptr());
+  params.num_pages = block_ids.size(0);
+  params.num_iters = num_iters;
+  return params;
+}
+
+inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tensor& kv_cache,
+                                                const Tensor& centroids, const Tensor& cluster_ends,
+                                                const Tensor& block_table, const Tensor& seq_lens,
+                                                double scale, const Tensor& scores) {
+  ScoreClustersParams params{};
+  params.pages = check_pages(kv_cache, centroids, cluster_ends);
+  check_query(params.pages, query, kv_cache, "query");
+  params.rows = check_rows(params.pages, block_table, seq_lens, query.size(1));
+  check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
+  check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
+                    params.pages.num_clusters);
+  params.query = query.data_ptr();
+  params.query_row_stride = query.stride(0);
+  params.query_head_stride = query.stride(1);
+  params.scale = static_cast<float>(scale);
+  params.scores = static_cast<float*>(scores.data_ptr());
+  params.max_clusters = scores.size(2);
+  return params;
+}
+
+inline void check_num_sink_tokens(const SemanticPages& pages, int64_t num_sink_tokens) {
+  STD_TORCH_CHECK(num_sink_tokens >= 0 && num_sink_tokens < pages.block_size,
+                  "num_sink_tokens must be 0 to block_size - 1 (", pages.block_size - 1, "), got ",
+                  num_sink_tokens);
+}
+
+inline SelectClustersParams check_select_clusters(const Tensor& scores, const Tensor& kv_cache,
+                                                  const Tensor& centroids,
+                                                  const Tensor& cluster_ends,
+                                                  const Tensor& block_table, const Tensor& seq_lens,
+                                                  int64_t num_sink_tokens, int64_t token_budget,
+                                                  const Tensor& selected,
+                                                  const Tensor& num_attended) {
+  SelectClustersParams params{};
+  params.pages = check_pages(kv_cache, centroids, cluster_ends);
+  check_dim(scores, "scores", 3);
+  params.rows = check_rows(params.pages, block_table, seq_lens, scores.size(1));
+  const int64_t num_clusters = params.pages.num_clusters;
+  check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
+                    num_clusters);
+  check_per_cluster(selected, "selected", ScalarType::Byte, params.rows, params.pages.num_kv_heads,
+                    num_clusters);
+  check_dim(num_attended, "num_attended", 2);
+  check_dtype(num_attended, "num_attended", ScalarType::Int);
+  check_size(num_attended, "num_attended", 0, params.rows.num_reqs, "num_reqs");
+  check_size(num_attended, "num_attended", 1, params.pages.num_kv_heads, "num_kv_heads");
+  check_contiguous(num_attended, "num_attended");
+  check_num_sink_tokens(params.pages, num_sink_tokens);
+  STD_TORCH_CHECK(token_budget >= 1, "token_budget must be at least 1, got ", token_budget);
+  params.scores = static_cast<const float*>(scores.data_ptr());
+  params.max_clusters = scores.size(2);
+  params.num_sink_tokens = num_sink_tokens;
+  params.token_budget = token_budget;
+  params.selected = static_cast<uint8_t*>(selected.data_ptr());
+  params.num_attended = static_cast<int32_t*>(num_attended.data_ptr());
+  return params;
+}
+
+inline SparseDecodeParams check_sparse_decode(
+    const Tensor& query, const Tensor& kv_cache, const Tensor& centroids,
+    const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
+    const Tensor& scores, const Tensor& selected, double scale, int64_t num_sink_tokens,
+    bool tail_estimate, const Tensor& workspace, const Tensor& output) {
+  SparseDecodeParams params{};
+  params.pages = check_pages(kv_cache, centroids, cluster_ends);
+  check_query(params.pages, query, kv_cache, "query");
+  check_query(params.pages, output, kv_cache, "output");
+  params.rows = check_rows(params.pages, block_table, seq_lens, query.size(1));
+  check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
+  check_size(output, "output", 0, params.rows.num_reqs, "num_reqs");
+  check_size(output, "output", 1, params.rows.num_heads, "num_heads");
+  const int64_t num_clusters = params.pages.num_clusters;
+  check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
+                    num_clusters);
+  check_per_cluster(selected, "selected", ScalarType::Byte, params.rows, params.pages.num_kv_heads,
+                    num_clusters);
+  check_num_sink_tokens(params.pages, num_sink_tokens);
+  check_dim(workspace, "workspace", 4);
+  check_dtype(workspace, "workspace", ScalarType::Float);
+  check_size(workspace, "workspace", 0, params.rows.num_reqs, "num_reqs");
+  check_size(workspace, "workspace", 1, params.rows.num_heads, "num_heads");
+  check_size(workspace, "workspace", 3, params.pages.head_size + 2, "head_size + 2");
+  STD_TORCH_CHECK(workspace.size(2) >= 1, "workspace.size(2), the splits, must be at least 1");
+  check_contiguous(workspace, "workspace");
+  params.query = query.data_ptr();
+  params.query_row_stride = query.stride(0);
+  params.query_head_stride = query.stride(1);
+  params.scores = static_cast<const float*>(scores.data_ptr());
+  params.selected = static_cast<const uint8_t*>(selected.data_ptr());
+  params.max_clusters = scores.size(2);
+  params.scale = static_cast<float>(scale);
+  params.num_sink_tokens = num_sink_tokens;
+  params.tail_estimate = tail_estimate;
+  params.workspace = static_cast<float*>(workspace.data_ptr());
+  params.num_splits = workspace.size(2);
+  params.output = output.data_ptr();
+  params.output_row_stride = output.stride(0);
+  params.output_head_stride = output.stride(1);
+  return params;
+}
+
+}  // namespace clusterkv

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+//
+// One task scores the clusters of kPagesPerTask pages for the query heads of one
+// KV head, so that each centroid is read and widened once for the whole group.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../checks.h"
+#include "dispatch.h"
+
+namespace clusterkv::cpu {
+namespace {
+
+constexpr int64_t kPagesPerTask = 8;
+
+template <typename T>
+void score_clusters_kernel(const ScoreClustersParams& p) {
+  const SemanticPages& pages = p.pages;
+  const DecodeRows& rows = p.rows;
+  const int64_t head_size = pages.head_size;
+  const int64_t group = rows.num_heads / pages.num_kv_heads;
+  const int64_t chunks = (rows.max_blocks + kPagesPerTask - 1) / kPagesPerTask;
+  const int64_t num_tasks = rows.num_reqs * pages.num_kv_heads * chunks;
+  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> query(group * head_size), centroid(head_size);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task % chunks, head = task / chunks % pages.num_kv_heads;
+      const int64_t req = task / chunks / pages.num_kv_heads;
+      const int64_t num_pages = num_indexed_pages(rows.seq_lens[req], pages.block_size);
+      const int64_t last = std::min((chunk + 1) * kPagesPerTask, num_pages);
+      if (chunk * kPagesPerTask >= last) continue;
+      const int64_t first_head = head * group;
+      for (int64_t g = 0; g < group; ++g) {
+        float* q = query.data() + g * head_size;
+        load_row(static_cast<const T*>(p.query) + req * p.query_row_stride +
+                     (first_head + g) * p.query_head_stride,
+                 q, head_size);
+        for (int64_t d = 0; d < head_size; ++d) q[d] *= p.scale;
+      }
+      float* scores = p.scores + (req * rows.num_heads + first_head) * p.max_clusters;
+      for (int64_t page = chunk * kPagesPerTask; page < last; ++page) {
+        const int64_t block = rows.block_table[req * rows.block_table_stride + page];
+        const T* centroids = static_cast<const T*>(pages.centroids) +
+                             block * pages.centroid_block_stride +
+                             head * pages.centroid_head_stride;
+        for (int64_t c = 0; c < pages.num_clusters; ++c) {
+          load_row(centroids + c * pages.centroid_row_stride, centroid.data(), head_size);
+          for (int64_t g = 0; g < group; ++g) {
+            scores[g * p.max_clusters + page * pages.num_clusters + c] =
+                dot(query.data() + g * head_size, centroid.data(), head_size);
+          }
+        }
+      }
+    }
+  });
+}
+
+void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
+                    Tensor block_table, Tensor seq_lens, double scale, Tensor scores) {
+  const ScoreClustersParams params = check_score_clusters(
+      query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scale, scores);
+  CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
+                              score_clusters_kernel<scalar_t>(params));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(clusterkv, CPU, m) {
+  m.impl("score_clusters", TORCH_BOX(&score_clusters));
+}
+
+}  // namespace clusterkv::cpu

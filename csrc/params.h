@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+//
+// One plain struct per op, the contract between checks.h and the kernels.
+// Shapes are row-major with a dense last dimension; strides are in elements.
+// No torch headers here: CUDA device code includes this file.
+#pragma once
+
+#include <cstdint>
+
+namespace clusterkv {
+
+// One layer of the KV cache as semantic pages. `kv_dtype` is bf16, fp16 or fp32.
+struct SemanticPages {
+  void* kv_cache;         // [num_blocks, num_kv_heads, block_size, 2 * head_size] kv_dtype; K|V
+  void* centroids;        // [num_blocks, num_kv_heads, num_clusters, 2 * head_size] kv_dtype; means
+  int16_t* cluster_ends;  // [num_blocks, num_kv_heads, num_clusters]; row after a cluster's last
+  int64_t kv_block_stride;
+  int64_t kv_head_stride;
+  int64_t kv_row_stride;
+  int64_t centroid_block_stride;
+  int64_t centroid_head_stride;
+  int64_t centroid_row_stride;
+  int64_t ends_block_stride;
+  int64_t ends_head_stride;
+  int64_t num_blocks;
+  int64_t num_kv_heads;
+  int64_t block_size;    // tokens a page
+  int64_t num_clusters;  // clusters a page and KV head
+  int64_t head_size;
+};
+
+// The decode rows of a batch.
+struct DecodeRows {
+  const int32_t* block_table;  // [num_reqs, max_blocks]
+  const int32_t* seq_lens;     // [num_reqs]; tokens including the current one, 0 for padding
+  int64_t block_table_stride;
+  int64_t num_reqs;
+  int64_t max_blocks;
+  int64_t num_heads;
+};
+
+struct IndexPagesParams {
+  SemanticPages pages;             // read and rewritten
+  const int32_t* block_ids;        // [num_pages]; -1 entries are skipped
+  const int32_t* num_sink_tokens;  // [num_pages]; leading rows left in place, unclustered
+  int64_t num_pages;
+  int64_t num_iters;  // rounds of assignment and update
+};
+
+struct ScoreClustersParams {
+  SemanticPages pages;  // centroids read
+  DecodeRows rows;
+  const void* query;  // [num_reqs, num_heads, head_size] kv_dtype
+  int64_t query_row_stride;
+  int64_t query_head_stride;
+  float scale;
+  float* scores;         // [num_reqs, num_heads, max_clusters]; contiguous
+  int64_t max_clusters;  // last dimension of scores and selected
+};
+
+struct SelectClustersParams {
+  SemanticPages pages;  // cluster_ends read
+  DecodeRows rows;
+  const float* scores;  // [num_reqs, num_heads, max_clusters]; contiguous
+  int64_t max_clusters;
+  int64_t num_sink_tokens;
+  int64_t token_budget;
+  uint8_t* selected;      // [num_reqs, num_kv_heads, max_clusters]; contiguous
+  int32_t* num_attended;  // [num_reqs, num_kv_heads]; contiguous
+};
+
+struct SparseDecodeParams {
+  SemanticPages pages;  // all read
+  DecodeRows rows;
+  const void* query;  // [num_reqs, num_heads, head_size] kv_dtype
+  int64_t query_row_stride;
+  int64_t query_head_stride;
+  const float* scores;      // [num_reqs, num_heads, max_clusters]; contiguous
+  const uint8_t* selected;  // [num_reqs, num_kv_heads, max_clusters]; contiguous
+  int64_t max_clusters;
+  float scale;
+  int64_t num_sink_tokens;
+  bool tail_estimate;
+  float* workspace;  // [num_reqs, num_heads, num_splits, head_size + 2]: output, max, sum
+  int64_t num_splits;
+  void* output;  // [num_reqs, num_heads, head_size] kv_dtype
+  int64_t output_row_stride;
+  int64_t output_head_stride;
+};
+
+// Pages of a row whose index is valid: all but the one holding the current token.
+inline int64_t num_indexed_pages(int64_t seq_len, int64_t block_size) {
+  return seq_len > 0 ? (seq_len - 1) / block_size : 0;
+}
+
+}  // namespace clusterkv

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+//
+// The schemas of every clusterkv op. Kernels register themselves beside their
+// code: csrc/cpu/*.cpp in this module, csrc/cuda/*.cu in _C_cuda.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(clusterkv, m) {
+  m.def(
+      "index_pages(Tensor(a!) kv_cache, Tensor(b!) centroids, Tensor(c!) cluster_ends, "
+      "Tensor block_ids, Tensor num_sink_tokens, int num_iters) -> ()");
+  m.def(
+      "score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
+      "Tensor block_table, Tensor seq_lens, float scale, Tensor(a!) scores) -> ()");
+  m.def(
+      "select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
+      "Tensor block_table, Tensor seq_lens, int num_sink_tokens, int token_budget, "
+      "Tensor(a!) selected, Tensor(b!) num_attended) -> ()");
+  m.def(
+      "sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
+      "Tensor block_table, Tensor seq_lens, Tensor scores, Tensor selected, float scale, "
+      "int num_sink_tokens, bool tail_estimate, Tensor(a!) workspace, Tensor(b!) output) -> ()");
+}
+
+// Importing the module runs the registrations above; it exports nothing else.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                               nullptr,               nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

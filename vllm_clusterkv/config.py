@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""Settings, from ``--additional-config '{"clusterkv": {...}}'``."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_clusterkv.page_layout import BLOCK_SIZE
+
+
+@dataclass(frozen=True)
+class ClusterKVConfig:
+    """Validated settings of the backend.
+
+    Attributes:
+        token_budget: Tokens each decode row and KV head attends to exactly, chosen
+            by cluster. The attention sinks and the page being filled (at most 255
+            tokens and the current one) come on top. A budget that covers the
+            context gives exact attention.
+        tokens_per_cluster: Average tokens a cluster: 8, 16 or 32. Smaller selects
+            more finely and takes a larger index.
+        num_iters: Rounds of k-means when a page is indexed.
+        num_sink_tokens: First tokens of a request, always attended to.
+        tail_estimate: Whether clusters left out are stood in for by their means.
+        stats_path: File that receives one JSON line a decode step with the context
+            and the attended tokens of each request; None for no file. For demos and
+            debugging.
+    """
+
+    token_budget: int = 1024
+    tokens_per_cluster: int = 16
+    num_iters: int = 8
+    num_sink_tokens: int = 16
+    tail_estimate: bool = True
+    stats_path: str | None = None
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters a page and KV head."""
+        return BLOCK_SIZE // self.tokens_per_cluster
+
+    def __post_init__(self) -> None:
+        self._check_int("token_budget", 1, 2**30)
+        self._check_int("num_iters", 1, 100)
+        self._check_int("num_sink_tokens", 0, BLOCK_SIZE // 2)
+        if type(self.tokens_per_cluster) is not int or (
+            self.tokens_per_cluster not in (8, 16, 32)
+        ):
+            self._reject("tokens_per_cluster", "8, 16 or 32")
+        if type(self.tail_estimate) is not bool:
+            self._reject("tail_estimate", "true or false")
+        if self.stats_path is not None and (
+            type(self.stats_path) is not str or not self.stats_path
+        ):
+            self._reject("stats_path", "a file path or null")
+
+    def _check_int(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not low <= value <= high:
+            self._reject(name, f"an integer from {low} to {high}")
+
+    def _reject(self, name: str, expected: str) -> None:
+        raise ValueError(
+            f"additional_config['clusterkv']['{name}'] must be {expected}, "
+            f"got {getattr(self, name)!r}"
+        )
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> "ClusterKVConfig":
+        """Reads the settings of a ``VllmConfig.additional_config``.
+
+        Args:
+            additional_config: vLLM's dict; settings are under the key "clusterkv",
+                all of them optional.
+
+        Raises:
+            ValueError: An unknown setting, or a value out of its range.
+        """
+        if not isinstance(additional_config, dict):
+            return cls()
+        given = additional_config.get("clusterkv", {})
+        if not isinstance(given, dict):
+            raise ValueError(
+                "additional_config['clusterkv'] must be a mapping of settings, "
+                f"got {given!r}"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"additional_config['clusterkv'] has no setting {name!r}; "
+                    f"the settings are {', '.join(known)}"
+                )
+        return cls(**given)

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""The backend on vLLM's CPU platform.
+
+Prefill is dense, by vLLM's own CPU kernels. They want K transposed and packed in a
+layout of their own, so the pages of prefilling rows are copied into a scratch cache
+in that layout first: linear work beside the quadratic attention, and the pages
+themselves keep the one layout that sorting and selection need.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import (
+    AttentionImpl,
+    AttentionLayer,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_clusterkv import observe
+from vllm_clusterkv.backend import (
+    ClusterKVBackend,
+    CompletedPages,
+    DecodeMetadata,
+    SemanticPages,
+    decode,
+    index_completed_pages,
+)
+from vllm_clusterkv.config import ClusterKVConfig
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+
+# A child of the logger that vLLM configures, so that the line is seen.
+logger = init_logger("vllm.clusterkv")
+
+
+class ClusterKVCPUBackend(ClusterKVBackend):
+    """The backend as the CPU platform selects it."""
+
+    @staticmethod
+    def get_impl_cls() -> type["ClusterKVCPUImpl"]:
+        return ClusterKVCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["ClusterKVCPUMetadataBuilder"]:
+        return ClusterKVCPUMetadataBuilder
+
+
+@dataclass
+class PrefillMetadata:
+    """The rows of a step that still have prompt to compute.
+
+    The scratch cache holds each page of these rows once, however many rows share
+    it, and of each page only the tokens written so far; the rest is zero.
+    """
+
+    attention: CPUAttentionMetadata  # over scratch pages
+    scratch: torch.Tensor  # [num_pages, num_kv_heads, BLOCK_SIZE, 2 * head_size]
+    blocks: torch.Tensor  # [num_context_tokens] int64, page of each token to copy
+    rows: torch.Tensor  # [num_context_tokens] int64, its row in the page
+    slots: torch.Tensor  # [num_context_tokens] int64, its slot in the scratch cache
+
+
+@dataclass
+class ClusterKVCPUMetadata:
+    """A step's batch: decode rows first, then prefill rows."""
+
+    num_actual_tokens: int
+    num_decode_tokens: int
+    decode: DecodeMetadata | None
+    prefill: PrefillMetadata | None
+    completed: CompletedPages | None
+
+
+class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Splits the batch and finds the pages that the step completes."""
+
+    reorder_batch_threshold = 1  # decode rows first
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.config = ClusterKVConfig.from_additional_config(
+            vllm_config.additional_config
+        )
+        layout = PageLayout(
+            kv_cache_spec.num_kv_heads,
+            kv_cache_spec.head_size,
+            self.config.num_clusters,
+            kv_cache_spec.dtype,
+        )
+        logger.info_once(
+            "Using CLUSTERKV attention: pages of %d tokens, %d tokens a cluster, "
+            "budget %d tokens%s, index overhead %.1f%% of the KV cache.",
+            BLOCK_SIZE,
+            self.config.tokens_per_cluster,
+            self.config.token_budget,
+            " with tail estimate" if self.config.tail_estimate else "",
+            100 * layout.overhead,
+        )
+        if self.config.stats_path and vllm_config.parallel_config.rank == 0:
+            observe.write_stats(self.config.stats_path, len(layer_names))
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> ClusterKVCPUMetadata:  # type: ignore[override]
+        batch = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            batch, treat_short_extends_as_decodes=False
+        )
+        decode_metadata = None
+        if num_decodes:
+            seq_lens = batch.seq_lens[:num_decodes]
+            max_blocks = -(-int(seq_lens.max()) // BLOCK_SIZE)
+            decode_metadata = DecodeMetadata(
+                batch.block_table_tensor[:num_decodes, : max(max_blocks, 1)], seq_lens
+            )
+        return ClusterKVCPUMetadata(
+            num_actual_tokens=batch.num_actual_tokens,
+            num_decode_tokens=num_decode_tokens,
+            decode=decode_metadata,
+            prefill=self._build_prefill(batch, num_decodes, num_decode_tokens)
+            if num_prefills
+            else None,
+            completed=self._find_completed_pages(batch),
+        )
+
+    def _build_prefill(
+        self,
+        batch: CommonAttentionMetadata,
+        num_decodes: int,
+        num_decode_tokens: int,
+    ) -> PrefillMetadata:
+        seq_lens = batch.seq_lens[num_decodes : batch.num_reqs]
+        block_table = batch.block_table_tensor[num_decodes : batch.num_reqs].numpy()
+        lens = seq_lens.numpy()
+        num_pages = -(-lens // BLOCK_SIZE)
+
+        # Every (row, page) pair, then each block once with the tokens it holds. A
+        # block that rows share is complete, so any of its pairs tells.
+        req = np.repeat(np.arange(len(lens)), num_pages)
+        page = np.concatenate([np.arange(n) for n in num_pages])
+        filled = np.minimum(lens[req] - page * BLOCK_SIZE, BLOCK_SIZE)
+        blocks, first, scratch_ids = np.unique(
+            block_table[req, page], return_index=True, return_inverse=True
+        )
+        scratch_table = np.zeros((len(lens), int(num_pages.max())), dtype=np.int32)
+        scratch_table[req, page] = scratch_ids
+        token_page = np.repeat(np.arange(len(blocks)), filled[first])
+        token_row = np.concatenate([np.arange(n) for n in filled[first]])
+
+        prefill_batch = replace(
+            batch,
+            query_start_loc=batch.query_start_loc[num_decodes:] - num_decode_tokens,
+            query_start_loc_cpu=(
+                batch.query_start_loc_cpu[num_decodes:] - num_decode_tokens
+            ),
+            seq_lens=seq_lens,
+            num_reqs=len(lens),
+            num_actual_tokens=batch.num_actual_tokens - num_decode_tokens,
+            block_table_tensor=torch.from_numpy(scratch_table),
+            slot_mapping=batch.slot_mapping[num_decode_tokens:],
+        )
+        return PrefillMetadata(
+            attention=super().build(0, prefill_batch),
+            scratch=torch.zeros(
+                (len(blocks), self.num_kv_heads, BLOCK_SIZE, 2 * self.head_dim),
+                dtype=self.kv_cache_spec.dtype,
+            ),
+            blocks=torch.from_numpy(blocks[token_page].astype(np.int64)),
+            rows=torch.from_numpy(token_row),
+            slots=torch.from_numpy(token_page * BLOCK_SIZE + token_row),
+        )
+
+    def _find_completed_pages(
+        self, batch: CommonAttentionMetadata
+    ) -> CompletedPages | None:
+        seq_lens = batch.seq_lens[: batch.num_reqs].numpy()
+        query_start_loc = batch.query_start_loc_cpu[: batch.num_reqs + 1].numpy()
+        computed = seq_lens - np.diff(query_start_loc)
+        first, end = computed // BLOCK_SIZE, seq_lens // BLOCK_SIZE
+        if not (end > first).any():
+            return None
+        req = np.repeat(np.arange(len(seq_lens)), np.maximum(end - first, 0))
+        page = np.concatenate([np.arange(a, b) for a, b in zip(first, end, strict=True)])
+        sinks = np.where(page == 0, self.config.num_sink_tokens, 0)
+        return CompletedPages(
+            block_ids=batch.block_table_tensor[torch.from_numpy(req), page],
+            num_sink_tokens=torch.from_numpy(sinks.astype(np.int32)),
+        )
+
+
+class ClusterKVCPUImpl(AttentionImpl):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        for feature, value in {
+            "ALiBi": alibi_slopes,
+            "sliding-window attention": sliding_window,
+            "logits soft cap": logits_soft_cap or None,
+            "KV sharing between layers": kv_sharing_target_layer_name,
+        }.items():
+            if value is not None:
+                raise ValueError(
+                    f"clusterkv attention backend: the model has layers with "
+                    f"{feature} ({value}), which is not supported; use another "
+                    "--attention-backend for this model."
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.dense = CPUAttentionBackendImpl(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            attn_type=attn_type,
+        )
+        self.config = ClusterKVConfig.from_additional_config(
+            get_current_vllm_config().additional_config
+        )
+        ClusterKVBackend.config = self.config
+        self._pages: SemanticPages | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Writes the step's K and V to their slots; a slot of -1 is padding."""
+        num_tokens = len(slot_mapping)
+        rows = torch.cat([key[:num_tokens], value[:num_tokens]], dim=-1)
+        if len(slot_mapping) and int(slot_mapping.min()) < 0:
+            kept = slot_mapping >= 0
+            rows, slot_mapping = rows[kept], slot_mapping[kept]
+        kv_cache[slot_mapping // BLOCK_SIZE, :, slot_mapping % BLOCK_SIZE] = rows
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: ClusterKVCPUMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends, and indexes the pages that the step completed.
+
+        Args:
+            layer: The attention layer.
+            query: [num_tokens, num_heads, head_size].
+            key: [num_tokens, num_kv_heads, head_size]; in the cache already.
+            value: As ``key``.
+            kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size].
+            attn_metadata: The batch; None in the profile run.
+            output: [num_tokens, num_heads, head_size]. Written.
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+
+        Returns:
+            ``output``.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "clusterkv attention backend: fused output quantization"
+            )
+        if attn_metadata is None:
+            return output
+        num_tokens = attn_metadata.num_actual_tokens
+        num_decode_tokens = attn_metadata.num_decode_tokens
+        pages = self._semantic_pages(kv_cache)
+        if attn_metadata.decode is not None:
+            decode(
+                layer.layer_name,  # type: ignore[attr-defined]
+                query[:num_decode_tokens],
+                pages,
+                attn_metadata.decode,
+                self.scale,
+                self.config,
+                output[:num_decode_tokens],
+            )
+        if attn_metadata.prefill is not None:
+            self._prefill(
+                layer,
+                query[num_decode_tokens:num_tokens],
+                kv_cache,
+                attn_metadata.prefill,
+                output[num_decode_tokens:num_tokens],
+            )
+        if attn_metadata.completed is not None:
+            index_completed_pages(pages, attn_metadata.completed, self.config)
+        return output
+
+    def _prefill(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: PrefillMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        # [num_context_tokens, num_kv_heads, 2 * head_size]
+        context = kv_cache[metadata.blocks, :, metadata.rows]
+        key, value = context.split(self.head_size, dim=-1)
+        self.dense.do_kv_cache_update(
+            layer,  # type: ignore[arg-type]
+            key,
+            value,
+            metadata.scratch,
+            metadata.slots,
+        )
+        self.dense.forward(
+            layer, query, key, value, metadata.scratch, metadata.attention, output
+        )
+
+    def _semantic_pages(self, kv_cache: torch.Tensor) -> SemanticPages:
+        if self._pages is None or self._pages.kv_cache is not kv_cache:
+            layout = PageLayout(
+                self.num_kv_heads,
+                self.head_size,
+                self.config.num_clusters,
+                kv_cache.dtype,
+            )
+            self._pages = SemanticPages(kv_cache, *layout.index_views(kv_cache))
+        return self._pages

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""Seeing what a decode step selected, without touching what it computes."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_clusterkv.config import ClusterKVConfig
+
+
+@dataclass
+class DecodeStep:
+    """The decode rows of one layer in one step, after attention.
+
+    The tensors are the live ones, shaped as in ``ops.py``: copy what must outlast
+    the callback.
+    """
+
+    layer_name: str
+    query: torch.Tensor
+    kv_cache: torch.Tensor
+    centroids: torch.Tensor
+    cluster_ends: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    scale: float
+    scores: torch.Tensor
+    selected: torch.Tensor
+    num_attended: torch.Tensor
+    config: ClusterKVConfig
+
+
+observers: list[Callable[[DecodeStep], None]] = []
+"""Called with every layer's decode, in this process. Empty costs nothing."""
+
+
+def notify(step: DecodeStep) -> None:
+    """Passes a step to the observers."""
+    for observer in observers:
+        observer(step)
+
+
+class StatsWriter:
+    """Appends one JSON line a decode step to a file (setting ``stats_path``).
+
+    A line has ``time`` (seconds since the epoch), and for each request of the step
+    ``context`` (tokens) and ``attended`` (tokens attended to exactly, mean over
+    layers and KV heads).
+    """
+
+    def __init__(self, path: str, num_layers: int) -> None:
+        try:
+            self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(
+                "additional_config['clusterkv']['stats_path'] must be a file that can "
+                f"be written, got {path!r} ({error.strerror})"
+            ) from error
+        self._num_layers = num_layers
+        self._attended: list[torch.Tensor] = []
+
+    def __call__(self, step: DecodeStep) -> None:
+        self._attended.append(step.num_attended.float().mean(1))  # [num_reqs]
+        if len(self._attended) < self._num_layers:
+            return
+        line = {
+            "time": time.time(),
+            "context": step.seq_lens.tolist(),
+            "attended": torch.stack(self._attended).mean(0).tolist(),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._attended.clear()
+
+
+def write_stats(path: str, num_layers: int) -> None:
+    """Installs a ``StatsWriter``, in place of one installed before.
+
+    Args:
+        path: The file; appended to.
+        num_layers: Attention layers a step passes through.
+
+    Raises:
+        ValueError: The file cannot be written.
+    """
+    observers[:] = [o for o in observers if not isinstance(o, StatsWriter)]
+    observers.append(StatsWriter(path, num_layers))

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""The ``clusterkv::`` ops: one documented function each.
+
+All are out-variants: they return nothing, allocate nothing and never wait for the
+device, so they can be captured in a CUDA graph. ``reference.py`` defines their
+results; ``csrc/README.md`` says how each kernel gets there.
+
+Shapes used throughout:
+
+    kv_cache:     [num_blocks, num_kv_heads, block_size, 2 * head_size] bf16|fp16|fp32
+    centroids:    [num_blocks, num_kv_heads, num_clusters, 2 * head_size], as kv_cache
+    cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16. Cluster ``c`` of a
+                  page is its rows ``ends[c-1]`` to ``ends[c] - 1``; the first cluster
+                  begins at row 0, or behind the sinks in a request's first page.
+    block_table:  [num_reqs, max_blocks] int32
+    seq_lens:     [num_reqs] int32. Tokens including the current one; 0 is a padding
+                  row. A row's first ``(seq_len - 1) // block_size`` pages are
+                  indexed; the next one is its tail page.
+
+``max_clusters`` is ``max_blocks * num_clusters``; cluster ``c`` of a row's ``i``-th
+page has index ``i * num_clusters + c``. Entries beyond a row's indexed pages are
+neither read nor written. The last dimension of every tensor is dense.
+
+A wrong shape, dtype or stride raises RuntimeError naming the argument, what was
+expected and what came.
+"""
+
+import importlib
+
+import torch
+
+try:
+    importlib.import_module("vllm_clusterkv._C")
+except ImportError as error:
+    raise ImportError(
+        "vllm_clusterkv._C, the compiled extension, cannot be loaded "
+        f"({error}). Build it with `pip install --no-build-isolation .` in the "
+        "environment that has vLLM."
+    ) from error
+
+
+def index_pages(
+    kv_cache: torch.Tensor,
+    centroids: torch.Tensor,
+    cluster_ends: torch.Tensor,
+    block_ids: torch.Tensor,
+    num_sink_tokens: torch.Tensor,
+    num_iters: int,
+) -> None:
+    """Clusters, sorts and summarises complete pages, in place.
+
+    Per page and KV head: spherical k-means of the keys. Evenly spaced keys start
+    the clusters; ``num_iters`` rounds assign each key to the centroid of the
+    largest cosine (ties to the lowest cluster) and move each centroid to the mean
+    of its unnormalised keys (an empty cluster stays). The rows are then sorted by
+    cluster, keeping their order within it; means of K and V and the cluster ends
+    are stored. An empty cluster has zero means.
+
+    Attention over a set of past tokens does not depend on their order, so sorting
+    a page changes no result. Deterministic.
+
+    Args:
+        kv_cache: Rows of the listed pages are permuted, K with its V.
+        centroids: Receives the means, computed in fp32.
+        cluster_ends: Receives the ends.
+        block_ids: [num_pages] int32. Pages to index; -1 entries are skipped.
+        num_sink_tokens: [num_pages] int32. Rows at the page's start that stay where
+            they are and join no cluster: the attention sinks of a request's first
+            page, 0 in any other.
+        num_iters: Rounds, at least 1.
+
+    Source: ClusterKV (arXiv 2412.03213), its distance and centroids; clustering
+    within a page is this work.
+    """
+    torch.ops.clusterkv.index_pages.default(
+        kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters
+    )
+
+
+def score_clusters(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    centroids: torch.Tensor,
+    cluster_ends: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    scores: torch.Tensor,
+) -> None:
+    """Scores every cluster of every row's indexed pages.
+
+    ``scores[r, h, c] = scale * query[r, h] . mean_key[c]``, with the means of query
+    head ``h``'s KV head.
+
+    Args:
+        query: [num_reqs, num_heads, head_size], as kv_cache.
+        scale: Softmax scale, 1 / sqrt(head_size) as a rule.
+        scores: [num_reqs, num_heads, max_clusters] fp32, contiguous. Written.
+
+    Source: ClusterKV (arXiv 2412.03213), selection by inner product.
+    """
+    torch.ops.clusterkv.score_clusters.default(
+        query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scale, scores
+    )
+
+
+def select_clusters(
+    scores: torch.Tensor,
+    kv_cache: torch.Tensor,
+    centroids: torch.Tensor,
+    cluster_ends: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_sink_tokens: int,
+    token_budget: int,
+    selected: torch.Tensor,
+    num_attended: torch.Tensor,
+) -> None:
+    """Chooses the clusters that each row and KV head attends to exactly.
+
+    Clusters are ranked by weight a token, summed over the query heads of the KV
+    head: ``sum_h exp(scores[h, c]) / sum_c' count[c'] * exp(scores[h, c'])``; ties
+    go to the lowest index. The fewest clusters whose tokens reach ``token_budget``
+    are taken, so a row may exceed the budget by less than its last cluster. The
+    sinks and the tail page are attended to in any case and do not count. If a
+    row's clustered tokens fit the budget, all are selected and attention is exact.
+
+    Args:
+        scores: [num_reqs, num_heads, max_clusters] fp32, contiguous; from
+            ``score_clusters``.
+        num_sink_tokens: Unclustered rows at the start of a request's first page.
+        token_budget: Tokens, at least 1.
+        selected: [num_reqs, num_kv_heads, max_clusters] uint8, contiguous. Written:
+            1 if selected, else 0.
+        num_attended: [num_reqs, num_kv_heads] int32, contiguous. Written: tokens
+            attended to exactly, with sinks and tail page.
+
+    Source: ClusterKV (arXiv 2412.03213), ranking and budget; the vote of the query
+    heads is this work.
+    """
+    torch.ops.clusterkv.select_clusters.default(
+        scores,
+        kv_cache,
+        centroids,
+        cluster_ends,
+        block_table,
+        seq_lens,
+        num_sink_tokens,
+        token_budget,
+        selected,
+        num_attended,
+    )
+
+
+def sparse_decode(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    centroids: torch.Tensor,
+    cluster_ends: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scores: torch.Tensor,
+    selected: torch.Tensor,
+    scale: float,
+    num_sink_tokens: int,
+    tail_estimate: bool,
+    workspace: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """Attends each row to its sinks, selected clusters and tail page.
+
+    With ``tail_estimate``, every cluster left out is one more row: its mean value,
+    with the logit ``scores[c] + log(count[c])``. All rows share one softmax. The
+    output of a padding row is zero. Deterministic, and independent of the batch
+    for a given number of splits.
+
+    Args:
+        query: [num_reqs, num_heads, head_size], as kv_cache.
+        scores: As ``select_clusters``; read for the clusters left out.
+        selected: As ``select_clusters``.
+        scale: Softmax scale.
+        num_sink_tokens: Unclustered rows at the start of a request's first page.
+        tail_estimate: Whether clusters left out are stood in for by their means.
+        workspace: [num_reqs, num_heads, num_splits, head_size + 2] fp32, contiguous.
+            Scratch; its third dimension is the number of splits.
+        output: [num_reqs, num_heads, head_size], as kv_cache. Written.
+
+    Source: ClusterKV (arXiv 2412.03213) for the exact part; Chelsea (arXiv
+    2506.11418), means weighted by their count, for the estimate; the join is this
+    work.
+    """
+    torch.ops.clusterkv.sparse_decode.default(
+        query,
+        kv_cache,
+        centroids,
+        cluster_ends,
+        block_table,
+        seq_lens,
+        scores,
+        selected,
+        scale,
+        num_sink_tokens,
+        tail_estimate,
+        workspace,
+        output,
+    )
+
+
+def _returns_nothing(*args) -> None:
+    """Fake kernel of an out-variant: there is nothing to infer."""
+
+
+for _op in ("index_pages", "score_clusters", "select_clusters", "sparse_decode"):
+    torch.library.register_fake(f"clusterkv::{_op}", _returns_nothing)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""The byte layout of a semantic page: one vLLM block of one layer with its index.
+
+    page  = [ num_kv_heads ][ block_size rows ][ K | V ]    what vLLM's view shows
+    index = [ num_kv_heads ][ num_clusters ][ mean K | mean V ]
+            [ num_kv_heads ][ num_clusters ] int16 cluster ends
+    padding to a multiple of 512 bytes
+
+The index lives in the padding that ``page_size_padded`` adds behind the page, so
+vLLM allocates, accounts for, shares and recycles it together with the keys it
+describes. A recycled page keeps the bytes of its former owner: an index is valid
+if, and only if, the page is complete.
+
+Llama-3.1-8B in bf16 (8 KV heads of 128, 16 clusters): K and V 1,048,576 bytes,
+index 65,536 + 256 bytes, padded page 1,114,624 bytes (6.3% more).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_SIZE = 256
+"""Tokens a page. Fixed: a page is the unit of clustering and of prefix sharing."""
+
+_ALIGNMENT_BYTES = 512
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where the fields of one layer's pages are.
+
+    Attributes:
+        num_kv_heads: KV heads of this rank.
+        head_size: Elements of a key, and of a value.
+        num_clusters: Clusters a page and KV head: 8, 16 or 32.
+        dtype: Element type of keys, values and means.
+    """
+
+    num_kv_heads: int
+    head_size: int
+    num_clusters: int
+    dtype: torch.dtype
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values in a page."""
+        return (
+            self.num_kv_heads * BLOCK_SIZE * 2 * self.head_size * self.dtype.itemsize
+        )
+
+    @property
+    def centroid_bytes(self) -> int:
+        """Bytes of the cluster means in a page's index."""
+        return (
+            self.num_kv_heads
+            * self.num_clusters
+            * 2
+            * self.head_size
+            * self.dtype.itemsize
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page with its index: vLLM's ``page_size_padded``."""
+        ends_bytes = self.num_kv_heads * self.num_clusters * torch.int16.itemsize
+        used = self.kv_bytes + self.centroid_bytes + ends_bytes
+        return -(-used // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+    @property
+    def overhead(self) -> float:
+        """Index bytes as a share of the bytes of keys and values."""
+        return self.page_bytes / self.kv_bytes - 1
+
+    def index_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the index areas behind the pages of one layer.
+
+        Args:
+            kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size] dtype.
+                vLLM's view of a layer, whose block stride includes the padding.
+
+        Returns:
+            centroids: [num_blocks, num_kv_heads, num_clusters, 2 * head_size] dtype.
+            cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16.
+
+        Raises:
+            ValueError: The view is not one of padded pages in the LBHNC layout.
+        """
+        num_blocks = kv_cache.shape[0]
+        row = 2 * self.head_size
+        shape = (num_blocks, self.num_kv_heads, BLOCK_SIZE, row)
+        block_stride, *inner_strides = kv_cache.stride()
+        block_bytes = block_stride * kv_cache.element_size()
+        if (
+            kv_cache.shape != shape
+            or kv_cache.dtype != self.dtype
+            or inner_strides != [BLOCK_SIZE * row, row, 1]
+            or block_bytes < self.page_bytes
+            or block_bytes % self.dtype.itemsize
+        ):
+            raise ValueError(
+                f"kv_cache must be {self.dtype} of shape {shape} in the LBHNC layout "
+                f"with pages of at least {self.page_bytes} bytes, got "
+                f"{kv_cache.dtype} of shape {tuple(kv_cache.shape)} with strides "
+                f"{kv_cache.stride()}"
+            )
+        offset = kv_cache.storage_offset() + self.kv_bytes // self.dtype.itemsize
+        centroids = kv_cache.as_strided(
+            (num_blocks, self.num_kv_heads, self.num_clusters, row),
+            (block_stride, self.num_clusters * row, row, 1),
+            offset,
+        )
+        ends_offset = offset * self.dtype.itemsize + self.centroid_bytes
+        cluster_ends = torch.empty(0, dtype=torch.int16, device=kv_cache.device).set_(
+            kv_cache.untyped_storage(),
+            ends_offset // torch.int16.itemsize,
+            (num_blocks, self.num_kv_heads, self.num_clusters),
+            (block_bytes // torch.int16.itemsize, self.num_clusters, 1),
+        )
+        return centroids, cluster_ends

