@@ -21,13 +21,14 @@ def index_pages(
             rows = kv_cache[block, head, sinks:].float()  # [num_rows, 2 * head_size]
             keys = rows[:, :head_size]
             labels = cluster_keys(keys, num_clusters, num_iters)
-            order = torch.argsort(labels, stable=True)
-            kv_cache[block, head, sinks:] = kv_cache[block, head, sinks:][order]
             for c in range(num_clusters):
                 members = rows[labels == c]
                 centroids[block, head, c] = members.mean(0) if len(members) else 0
             counts = torch.bincount(labels, minlength=num_clusters)
             cluster_ends[block, head] = sinks + counts.cumsum(0)
+            # Last: in fp32, rows and keys are views of the cache.
+            order = torch.argsort(labels, stable=True)
+            kv_cache[block, head, sinks:] = kv_cache[block, head, sinks:][order]
 
 
 def cluster_keys(keys, num_clusters, num_iters) -> torch.Tensor:

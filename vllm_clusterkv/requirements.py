@@ -62,12 +62,16 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "in indexed pages",
             "leave it out",
         )
-    if vllm_config.kv_transfer_config is not None:
-        raise _refusal(
-            "--kv-transfer-config and --kv-offloading-size are not supported: a KV "
-            "connector moves pages without their index",
-            "leave them out",
-        )
+    for flag, value in {
+        "--kv-transfer-config": vllm_config.kv_transfer_config,
+        "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size,
+    }.items():
+        if value is not None:
+            raise _refusal(
+                f"{flag} is not supported: a KV connector moves pages without their "
+                "index",
+                "leave it out",
+            )
     if vllm_config.model_config is not None:
         _check_model(vllm_config.model_config)
 

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""Start-up: what is refused, by a message that names the flag and the remedy.
+
+Configurations are made as `vllm serve` makes them, from engine arguments and a
+model's config.json; no weights are loaded.
+"""
+
+import json
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+import vllm_clusterkv
+from vllm_clusterkv import requirements
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "bfloat16",
+}
+MISTRAL = LLAMA | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 1024,
+}
+DEEPSEEK = LLAMA | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 2,
+}
+BERT = LLAMA | {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "type_vocab_size": 2,
+}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+@pytest.fixture
+def create_config(tmp_path):
+    """Makes a VllmConfig as the server would."""
+
+    def create(model=LLAMA, settings=None, backend="clusterkv", **engine_args):
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        return EngineArgs(
+            model=str(tmp_path),
+            tokenizer=str(tmp_path),
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            attention_backend=backend,
+            additional_config={"clusterkv": settings or {}},
+            **engine_args,
+        ).create_engine_config()
+
+    return create
+
+
+def test_page_size_is_set_without_a_flag(create_config):
+    assert create_config().cache_config.block_size == 256
+    assert create_config(block_size=256).cache_config.block_size == 256
+
+
+def test_other_backends_are_left_alone(create_config):
+    assert create_config(backend=None, block_size=32).cache_config.block_size == 32
+    create_config(backend=None, settings={"no_such_setting": 1})
+
+
+@pytest.mark.parametrize(
+    "engine_args, message",
+    [
+        ({"block_size": 128}, "--block-size must be 256, got 128; leave it out"),
+        ({"prefix_match_unit": 32}, "--prefix-match-unit must be 256.*got 32"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype must be one of auto.*got fp8"),
+        ({"speculative_config": NGRAM}, "--speculative-config is not supported"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1, got 2"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size is not supported"),
+        ({"model": MISTRAL}, "window of 1024 tokens; pass --disable-sliding-window"),
+        ({"model": DEEPSEEK}, "MLA models are not supported"),
+        ({"model": BERT}, "must be a decoder.*got one of type encoder_only"),
+        ({"settings": {"budget": 1}}, "no setting 'budget'; the settings are token_b"),
+        ({"settings": {"token_budget": 0}}, r"\['token_budget'\] must be an integer"),
+        ({"settings": {"tokens_per_cluster": 12}}, "must be 8, 16 or 32, got 12"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_at_start_up(create_config, engine_args, message):
+    with pytest.raises(ValueError, match=message):
+        create_config(**engine_args)
+
+
+def test_decode_context_parallelism_is_refused(create_config):
+    with pytest.raises(ValueError, match="--decode-context-parallel-size must be 1"):
+        create_config(tensor_parallel_size=2, decode_context_parallel_size=2)
+
+
+def test_sliding_window_disabled_by_flag_is_accepted(create_config):
+    config = create_config(model=MISTRAL, disable_sliding_window=True)
+    assert config.model_config.max_model_len == 1024
+
+
+PLAIN_LAYER = AttentionSelectorConfig(
+    head_size=64, dtype="bfloat16", kv_cache_dtype="auto", block_size=256
+)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"has_sliding_window": True}, "sliding-window attention"),
+        ({"has_sink": True}, "attention sinks"),
+        ({"use_mla": True}, "MLA"),
+        ({"use_sparse": True}, "trained sparse attention"),
+        ({"use_non_causal": True}, "non-causal attention"),
+        ({"attn_type": "encoder_only"}, "decoder self-attention, got encoder_only"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "got fp8_e4m3; set --kv-cache-dtype auto"),
+        ({"head_size": 72}, "head_size must be one of .* got 72"),
+        ({"use_batch_invariant": True}, "VLLM_BATCH_INVARIANT=1 .* unset it"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_layer_is_refused(change, message):
+    requirements.check_layer(PLAIN_LAYER)
+    with pytest.raises(ValueError, match=f"clusterkv attention backend: .*{message}"):
+        requirements.check_layer(PLAIN_LAYER._replace(**change))
+
+
+def test_unsupported_vllm_version_is_refused(create_config, monkeypatch):
+    monkeypatch.setattr(requirements, "version", lambda name: "0.34.1")
+    with pytest.raises(ValueError, match="at least 0.32 and below 0.34, got 0.34.1"):
+        create_config()
+
+
+def test_another_platform_is_refused(create_config, monkeypatch):
+    vllm_clusterkv.register()
+    monkeypatch.setattr(requirements.current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match="kernels for CPUs only"):
+        requirements._check_environment()
