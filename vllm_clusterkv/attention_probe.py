@@ -166,17 +166,9 @@ class AttentionProbe:
             row_mass = mass[head].mean(0)
             token_mass = torch.empty_like(row_mass)
             token_mass[positions[head]] = row_mass
-            sizes = counts[head].tolist()
-            by_cluster = positions[head][labels[head].argsort(stable=True)]
-            rank = reference.rank_weights(scores[head], counts[head]) / len(scores[0])
-            clusters = zip(
-                selected[head].tolist(),
-                (rank * counts[head]).tolist(),
-                cluster_mass[head].mean(0)[:-1].tolist(),
-                by_cluster[: sum(sizes)].split(sizes),
-                strict=True,
-            )
             attended = int(step.num_attended[0, head])
+            rank = reference.rank_weights(scores[head], counts[head]) / len(scores[0])
+            by_cluster = positions[head][labels[head].argsort(stable=True)]
             self.heads.append(
                 HeadAttention(
                     step=context - 1 - self._num_prompt_tokens,
@@ -189,20 +181,14 @@ class AttentionProbe:
                     estimated=estimated[head].tolist(),
                     error=error[head].tolist(),
                     best=float(row_mass.topk(attended).values.sum()),
-                    clusters=[
-                        Cluster(
-                            page=i // num_clusters,
-                            index=i % num_clusters,
-                            selected=is_selected,
-                            weight=weight,
-                            mass=cluster_share,
-                            positions=sorted(members.tolist()),
-                        )
-                        for i, (is_selected, weight, cluster_share, members) in (
-                            enumerate(clusters)
-                        )
-                        if len(members)
-                    ],
+                    clusters=_list_clusters(
+                        num_clusters,
+                        counts[head].tolist(),
+                        selected[head].tolist(),
+                        (rank * counts[head]).tolist(),
+                        cluster_mass[head, :, :-1].mean(0).tolist(),
+                        by_cluster.tolist(),
+                    ),
                     token_mass=token_mass.cpu(),
                     positions=positions[head].cpu(),
                 )
@@ -267,6 +253,31 @@ def _label_rows(step, indexed: torch.Tensor, context: int) -> torch.Tensor:
     labels = pad(labels.flatten(1), (0, num_tail_rows), value=no_cluster)
     labels[:, : step.config.num_sink_tokens] = no_cluster
     return labels
+
+
+def _list_clusters(
+    num_clusters: int,
+    counts: list[int],
+    selected: list[bool],
+    weights: list[float],
+    masses: list[float],
+    positions: list[int],
+) -> list[Cluster]:
+    """The clusters of one KV head that have tokens.
+
+    The lists have one entry a cluster of the row, but ``positions``: it has the
+    tokens of the first cluster, then those of the second, and so on.
+    """
+    clusters, start = [], 0
+    for i, count in enumerate(counts):
+        if count:
+            page, index = divmod(i, num_clusters)
+            members = sorted(positions[start : start + count])
+            clusters.append(
+                Cluster(page, index, selected[i], weights[i], masses[i], members)
+            )
+        start += count
+    return clusters
 
 
 def _layer_index(layer_name: str) -> int:

@@ -200,7 +200,7 @@ class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if not (end > first).any():
             return None
         req = np.repeat(np.arange(len(seq_lens)), np.maximum(end - first, 0))
-        page = np.concatenate([np.arange(a, b) for a, b in zip(first, end, strict=True)])
+        page = np.concatenate(list(map(np.arange, first, end)))
         sinks = np.where(page == 0, self.config.num_sink_tokens, 0)
         return CompletedPages(
             block_ids=batch.block_table_tensor[torch.from_numpy(req), page],

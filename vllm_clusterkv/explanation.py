@@ -5,7 +5,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from statistics import mean
+from statistics import fmean as mean
 from typing import Any
 
 from vllm_clusterkv.attention_probe import Cluster, HeadAttention
@@ -73,7 +73,7 @@ class Explanation:
             ValueError: There is no such layer or KV head.
         """
         shown = self.worst(layer, kv_head)
-        chosen = (layer, kv_head) != (None, None)
+        title = "Largest error" if layer is None and kv_head is None else "Chosen"
         lines = [*self._headline(), "", *self._table(), ""]
         if not any(head.clusters for head in self.heads):
             lines.append(
@@ -87,16 +87,21 @@ class Explanation:
                 "everything was selected and attended to exactly."
             )
         else:
-            lines += self._clusters(shown, "Chosen" if chosen else "Largest error")
+            lines += self._clusters(shown, title)
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Everything in JSON's types, under the attributes' names."""
-        fields = dataclasses.asdict(self)
-        for head in fields["heads"]:
-            head["token_mass"] = [round(m, 6) for m in head["token_mass"].tolist()]
-            del head["positions"]  # the clusters list theirs
-        return fields
+        heads = []
+        for head in self.heads:
+            fields = {
+                **vars(head),
+                "clusters": [vars(cluster) for cluster in head.clusters],
+                "token_mass": [round(mass, 6) for mass in head.token_mass.tolist()],
+            }
+            del fields["positions"]  # the clusters list theirs
+            heads.append(fields)
+        return {**vars(self), "config": dataclasses.asdict(self.config), "heads": heads}
 
     def _headline(self) -> list[str]:
         config = self.config

@@ -45,9 +45,7 @@ class PageLayout:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values in a page."""
-        return (
-            self.num_kv_heads * BLOCK_SIZE * 2 * self.head_size * self.dtype.itemsize
-        )
+        return self.num_kv_heads * BLOCK_SIZE * 2 * self.head_size * self.dtype.itemsize
 
     @property
     def centroid_bytes(self) -> int:

@@ -66,7 +66,7 @@ def score_clusters(
         blocks = _indexed_blocks(block_table, seq_lens, req, kv_cache.shape[2])
         for head in range(num_heads):
             mean_keys = centroids[blocks, head // group, :, :head_size].float()
-            mean_keys = mean_keys.reshape(-1, head_size)  # [num_row_clusters, head_size]
+            mean_keys = mean_keys.reshape(-1, head_size)  # [row's clusters, head_size]
             row = scale * (mean_keys @ query[req, head].float())
             scores[req, head, : len(row)] = row
 
