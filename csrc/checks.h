@@ -50,8 +50,7 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
   const ScalarType dtype = kv_cache.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float,
-      "kv_cache must have dtype BFloat16, Half or Float, got ",
-      torch::headeronly::toString(dtype));
+      "kv_cache must have dtype BFloat16, Half or Float, got ", torch::headeronly::toString(dtype));
   check_dtype(centroids, "centroids", dtype);
   check_dtype(cluster_ends, "cluster_ends", ScalarType::Short);
   const int64_t num_blocks = kv_cache.size(0), num_kv_heads = kv_cache.size(1);
@@ -59,8 +58,8 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
   const int64_t num_clusters = centroids.size(2);
   STD_TORCH_CHECK(num_kv_heads > 0, "kv_cache.size(1), the KV heads, must be at least 1, got ",
                   num_kv_heads);
-  STD_TORCH_CHECK(row_size > 0 && row_size % 2 == 0,
-                  "kv_cache.size(3) must be 2 * head_size, got ", row_size);
+  STD_TORCH_CHECK(row_size > 0 && row_size % 2 == 0, "kv_cache.size(3) must be 2 * head_size, got ",
+                  row_size);
   STD_TORCH_CHECK(block_size > 0 && block_size <= 256,
                   "kv_cache.size(2), the page, must be 1 to 256 tokens, got ", block_size);
   STD_TORCH_CHECK(num_clusters == 8 || num_clusters == 16 || num_clusters == 32,
@@ -211,11 +210,13 @@ inline SelectClustersParams check_select_clusters(const Tensor& scores, const Te
   return params;
 }
 
-inline SparseDecodeParams check_sparse_decode(
-    const Tensor& query, const Tensor& kv_cache, const Tensor& centroids,
-    const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
-    const Tensor& scores, const Tensor& selected, double scale, int64_t num_sink_tokens,
-    bool tail_estimate, const Tensor& workspace, const Tensor& output) {
+inline SparseDecodeParams check_sparse_decode(const Tensor& query, const Tensor& kv_cache,
+                                              const Tensor& centroids, const Tensor& cluster_ends,
+                                              const Tensor& block_table, const Tensor& seq_lens,
+                                              const Tensor& scores, const Tensor& selected,
+                                              double scale, int64_t num_sink_tokens,
+                                              bool tail_estimate, const Tensor& workspace,
+                                              const Tensor& output) {
   SparseDecodeParams params{};
   params.pages = check_pages(kv_cache, centroids, cluster_ends);
   check_query(params.pages, query, kv_cache, "query");

@@ -9,6 +9,7 @@ model's config.json; no weights are loaded.
 import json
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -85,7 +86,8 @@ def test_other_backends_are_left_alone(create_config):
     [
         ({"block_size": 128}, "--block-size must be 256, got 128; leave it out"),
         ({"prefix_match_unit": 32}, "--prefix-match-unit must be 256.*got 32"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype must be one of auto.*got fp8"),
+        ({"kv_cache_dtype": "fp8"}, "must be auto or the model's own.*got fp8"),
+        ({"kv_cache_dtype": "float16"}, "own dtype, bfloat16, got float16"),
         ({"speculative_config": NGRAM}, "--speculative-config is not supported"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1, got 2"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size is not supported"),
@@ -114,7 +116,7 @@ def test_sliding_window_disabled_by_flag_is_accepted(create_config):
 
 
 PLAIN_LAYER = AttentionSelectorConfig(
-    head_size=64, dtype="bfloat16", kv_cache_dtype="auto", block_size=256
+    head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=256
 )
 
 
@@ -127,7 +129,7 @@ PLAIN_LAYER = AttentionSelectorConfig(
         ({"use_sparse": True}, "trained sparse attention"),
         ({"use_non_causal": True}, "non-causal attention"),
         ({"attn_type": "encoder_only"}, "decoder self-attention, got encoder_only"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "got fp8_e4m3; set --kv-cache-dtype auto"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "got fp8_e4m3; set --kv-cache-dtype bfloat16"),
         ({"head_size": 72}, "head_size must be one of .* got 72"),
         ({"use_batch_invariant": True}, "VLLM_BATCH_INVARIANT=1 .* unset it"),
     ],

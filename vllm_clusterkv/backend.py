@@ -43,7 +43,7 @@ class ClusterKVBackend(AttentionBackend):
         torch.float16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes = list(requirements.KV_CACHE_DTYPES)
+    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]
     # The settings of the model being loaded. vLLM asks for the spec outside of any
     # config context, so the impl, which is built before, leaves them here.
     config: ClassVar[ClusterKVConfig] = ClusterKVConfig()

@@ -98,7 +98,7 @@ class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.config = ClusterKVConfig.from_additional_config(
             vllm_config.additional_config
         )
-        layout = PageLayout(
+        self.layout = PageLayout(
             kv_cache_spec.num_kv_heads,
             kv_cache_spec.head_size,
             self.config.num_clusters,
@@ -111,17 +111,17 @@ class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             self.config.tokens_per_cluster,
             self.config.token_budget,
             " with tail estimate" if self.config.tail_estimate else "",
-            100 * layout.overhead,
+            100 * self.layout.overhead,
         )
         if self.config.stats_path and vllm_config.parallel_config.rank == 0:
             observe.write_stats(self.config.stats_path, len(layer_names))
 
-    def build(
+    def build(  # type: ignore[override]
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> ClusterKVCPUMetadata:  # type: ignore[override]
+    ) -> ClusterKVCPUMetadata:
         batch = common_attn_metadata
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             batch, treat_short_extends_as_decodes=False
@@ -183,7 +183,7 @@ class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             attention=super().build(0, prefill_batch),
             scratch=torch.zeros(
                 (len(blocks), self.num_kv_heads, BLOCK_SIZE, 2 * self.head_dim),
-                dtype=self.kv_cache_spec.dtype,
+                dtype=self.layout.dtype,
             ),
             blocks=torch.from_numpy(blocks[token_page].astype(np.int64)),
             rows=torch.from_numpy(token_row),

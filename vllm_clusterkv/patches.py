@@ -38,7 +38,7 @@ def _wrap_config(member: AttentionBackendEnum) -> None:
             requirements.check_config(self)
         original(self, *args, **kwargs)
 
-    VllmConfig.__post_init__ = post_init
+    VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
 
 
 def _wrap_cpu_platform(member: AttentionBackendEnum) -> None:
@@ -56,4 +56,6 @@ def _wrap_cpu_platform(member: AttentionBackendEnum) -> None:
         requirements.check_layer(attn_selector_config)
         return member.get_path()
 
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    platform.get_attn_backend_cls = classmethod(  # type: ignore[method-assign, assignment]
+        get_attn_backend_cls
+    )

@@ -23,6 +23,6 @@ def register() -> AttentionBackendEnum:
     # vLLM pickles its config to the processes it spawns, an enum member by value,
     # and unpickles it before it loads plugins there. So the member restores itself
     # by registering first.
-    member.__reduce_ex__ = lambda protocol: (_restore_member, ())
+    vars(member)["__reduce_ex__"] = lambda protocol: (_restore_member, ())
     patches.apply(member)
     return member

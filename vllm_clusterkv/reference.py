@@ -154,7 +154,8 @@ def sparse_decode(
         for head in range(num_heads):
             kv_head = head // group
             q = query[req, head].float()
-            logits, values = [], []
+            logits: list[torch.Tensor] = []
+            values: list[torch.Tensor] = []
 
             def attend(rows, q=q, logits=logits, values=values):
                 logits.append(scale * (rows[:, :head_size].float() @ q))

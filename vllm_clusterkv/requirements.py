@@ -24,8 +24,6 @@ VLLM_VERSIONS = ("0.32", "0.34")
 
 HEAD_SIZES = [32, 64, 80, 96, 112, 128, 160, 192, 224, 256]
 
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
-
 _USE_ANOTHER_BACKEND = "use another --attention-backend for this model"
 
 
@@ -55,7 +53,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
     ClusterKVConfig.from_additional_config(vllm_config.additional_config)
     _check_environment()
     _check_parallelism(vllm_config.parallel_config)
-    _check_cache(vllm_config.cache_config)
+    _check_prefix_match_unit(vllm_config.cache_config)
     if vllm_config.speculative_config is not None:
         raise _refusal(
             "--speculative-config is not supported: rejected draft tokens would stay "
@@ -74,6 +72,9 @@ def check_config(vllm_config: "VllmConfig") -> None:
             )
     if vllm_config.model_config is not None:
         _check_model(vllm_config.model_config)
+        _check_kv_cache_dtype(
+            vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
+        )
 
 
 def check_layer(selector_config: Any) -> None:
@@ -111,7 +112,7 @@ def check_layer(selector_config: Any) -> None:
             f"head_size must be one of {HEAD_SIZES}, got {selector_config.head_size}",
             _USE_ANOTHER_BACKEND,
         )
-    _check_kv_cache_dtype(selector_config.kv_cache_dtype)
+    _check_kv_cache_dtype(selector_config.kv_cache_dtype, selector_config.dtype)
     if selector_config.use_batch_invariant:
         raise _refusal(
             "VLLM_BATCH_INVARIANT=1 is not supported: prefill is not batch invariant",
@@ -153,7 +154,7 @@ def _check_parallelism(parallel_config: Any) -> None:
             )
 
 
-def _check_cache(cache_config: Any) -> None:
+def _check_prefix_match_unit(cache_config: Any) -> None:
     unit = cache_config.prefix_match_unit
     if unit is not None and unit != BLOCK_SIZE:
         raise _refusal(
@@ -161,15 +162,15 @@ def _check_cache(cache_config: Any) -> None:
             f"pages are sorted and shared, got {unit}",
             "leave it out",
         )
-    _check_kv_cache_dtype(cache_config.cache_dtype)
 
 
-def _check_kv_cache_dtype(dtype: str | None) -> None:
-    if dtype is not None and dtype not in KV_CACHE_DTYPES:
+def _check_kv_cache_dtype(kv_cache_dtype: str | None, model_dtype: object) -> None:
+    own = str(model_dtype).removeprefix("torch.")
+    if kv_cache_dtype not in (None, "auto", own):
         raise _refusal(
-            f"--kv-cache-dtype must be one of {', '.join(KV_CACHE_DTYPES)}, "
-            f"got {dtype}",
-            "set --kv-cache-dtype auto, or bfloat16 if the model asks for fp8 itself",
+            f"--kv-cache-dtype must be auto or the model's own dtype, {own}, "
+            f"got {kv_cache_dtype}",
+            f"set --kv-cache-dtype {own}",
         )
 
 

@@ -112,8 +112,8 @@ void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t
   }
 
   // Stable counting sort of the rows by cluster, then one mean of K and V each.
-  int16_t* ends = pages.cluster_ends + block * pages.ends_block_stride +
-                  head * pages.ends_head_stride;
+  int16_t* ends =
+      pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
   T* centroids = static_cast<T*>(pages.centroids) + block * pages.centroid_block_stride +
                  head * pages.centroid_head_stride;
   sorted.resize(num_rows * row_size);
@@ -169,8 +169,8 @@ void index_pages_kernel(const IndexPagesParams& p) {
 
 void index_pages(Tensor kv_cache, Tensor centroids, Tensor cluster_ends, Tensor block_ids,
                  Tensor num_sink_tokens, int64_t num_iters) {
-  const IndexPagesParams params = check_index_pages(kv_cache, centroids, cluster_ends, block_ids,
-                                                    num_sink_tokens, num_iters);
+  const IndexPagesParams params =
+      check_index_pages(kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters);
   for (int64_t i = 0; i < params.num_pages; ++i) {
     const int64_t block = params.block_ids[i], sinks = params.num_sink_tokens[i];
     STD_TORCH_CHECK(block >= -1 && block < params.pages.num_blocks, "block_ids[", i,

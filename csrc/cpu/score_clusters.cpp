@@ -60,8 +60,8 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
 
 void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
                     Tensor block_table, Tensor seq_lens, double scale, Tensor scores) {
-  const ScoreClustersParams params = check_score_clusters(
-      query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scale, scores);
+  const ScoreClustersParams params = check_score_clusters(query, kv_cache, centroids, cluster_ends,
+                                                          block_table, seq_lens, scale, scores);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
                               score_clusters_kernel<scalar_t>(params));
 }

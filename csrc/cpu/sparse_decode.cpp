@@ -84,8 +84,7 @@ class GroupAttention {
       if (entry.key != nullptr) {
         load_row(entry.key, row_.data(), head_size_);
         for (int64_t g = 0; g < group_; ++g) {
-          logits_[g * kTileRows + j] =
-              dot(query_.data() + g * head_size_, row_.data(), head_size_);
+          logits_[g * kTileRows + j] = dot(query_.data() + g * head_size_, row_.data(), head_size_);
         }
       } else {
         for (int64_t g = 0; g < group_; ++g) {
@@ -180,8 +179,8 @@ void attend_split(const SparseDecodeParams& p, int64_t req, int64_t head, int64_
         attend_rows(p, rows, start, end, attention);
       } else if (p.tail_estimate && end > start) {
         const T* mean = centroids + c * pages.centroid_row_stride;
-        attention.add({nullptr, mean + pages.head_size, cluster,
-                       std::log(static_cast<float>(end - start))});
+        attention.add(
+            {nullptr, mean + pages.head_size, cluster, std::log(static_cast<float>(end - start))});
       }
       start = end;
     }
@@ -244,17 +243,15 @@ void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor clust
                    Tensor block_table, Tensor seq_lens, Tensor scores, Tensor selected,
                    double scale, int64_t num_sink_tokens, bool tail_estimate, Tensor workspace,
                    Tensor output) {
-  const SparseDecodeParams params = check_sparse_decode(
-      query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scores, selected, scale,
-      num_sink_tokens, tail_estimate, workspace, output);
+  const SparseDecodeParams params =
+      check_sparse_decode(query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scores,
+                          selected, scale, num_sink_tokens, tail_estimate, workspace, output);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "sparse_decode",
                               sparse_decode_kernel<scalar_t>(params));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(clusterkv, CPU, m) {
-  m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
-}
+STABLE_TORCH_LIBRARY_IMPL(clusterkv, CPU, m) { m.impl("sparse_decode", TORCH_BOX(&sparse_decode)); }
 
 }  // namespace clusterkv::cpu

@@ -69,7 +69,7 @@ inline float fast_exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t exponent = __builtin_bit_cast(int32_t, shifted) - 0x4b400000 + 127;
+  const uint32_t exponent = __builtin_bit_cast(uint32_t, shifted) - 0x4b400000u + 127u;
   const float power = __builtin_bit_cast(float, exponent << 23);
   return x < -87.0f ? 0.0f : p * power;
 }

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""Named tables of shapes: regular ones, odd ones and the corners."""
+
+from dataclasses import dataclass
+
+import torch
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BF16, FP16, FP32)
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One batch of decode rows over semantic pages.
+
+    Attributes:
+        seq_lens: Tokens of each row; 0 is a padding row.
+        group: Query heads a KV head.
+    """
+
+    seq_lens: tuple[int, ...]
+    dtype: torch.dtype = BF16
+    head_size: int = 64
+    num_kv_heads: int = 2
+    group: int = 4
+    tokens_per_cluster: int = 16
+    num_sink_tokens: int = 16
+    token_budget: int = 100
+    num_splits: int = 2
+
+    def __str__(self) -> str:
+        dtype = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[self.dtype]
+        lens = "+".join(map(str, self.seq_lens)) or "none"
+        return (
+            f"{lens}-{dtype}-d{self.head_size}-h{self.num_kv_heads}x{self.group}"
+            f"-c{self.tokens_per_cluster}-s{self.num_sink_tokens}-b{self.token_budget}"
+            f"-n{self.num_splits}"
+        )
+
+
+REGULAR = [
+    DecodeCase((700, 513), dtype=dtype, head_size=head_size)
+    for dtype in DTYPES
+    for head_size in (64, 96, 128, 256)
+]
+
+IRREGULAR = [
+    DecodeCase((1500, 0, 257), FP16, head_size=80, num_splits=3),
+    DecodeCase((600,), FP16, group=1, num_kv_heads=3, num_splits=1),
+    DecodeCase((600, 530), group=3, tokens_per_cluster=8, token_budget=250),
+    DecodeCase((900, 300), FP32, group=7, num_sink_tokens=0, tokens_per_cluster=32),
+    DecodeCase((600,), group=16, num_kv_heads=1, num_sink_tokens=0, num_splits=7),
+    DecodeCase((1029, 517, 1285), FP16, tokens_per_cluster=8, num_sink_tokens=1),
+    DecodeCase((1537, 1536), head_size=128, num_sink_tokens=128, num_splits=16),
+]
+
+CORNER = [
+    DecodeCase((0, 1, 2, 255, 256, 257), FP32, group=1),
+    DecodeCase((511, 512, 513, 0), FP16, group=2),
+    DecodeCase((256, 257, 258), num_sink_tokens=0, num_splits=5),
+    DecodeCase((0, 0), FP32),
+    DecodeCase(()),
+    DecodeCase((700, 1300), FP32, token_budget=1),
+    DecodeCase((769,), FP32, token_budget=3 * 256 - 16),  # exactly the clustered tokens
+    DecodeCase((769,), FP32, token_budget=3 * 256 - 17),
+    DecodeCase((769, 3), FP16, token_budget=10**6),
+]
+
+ALL = REGULAR + IRREGULAR + CORNER
+
+
+@dataclass(frozen=True)
+class IndexCase:
+    """Complete pages to index; ``num_sink_tokens`` has one entry a page."""
+
+    num_sink_tokens: tuple[int, ...] = (16, 0)
+    dtype: torch.dtype = BF16
+    head_size: int = 64
+    num_kv_heads: int = 2
+    tokens_per_cluster: int = 16
+
+    def __str__(self) -> str:
+        dtype = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[self.dtype]
+        sinks = "+".join(map(str, self.num_sink_tokens))
+        return (
+            f"s{sinks}-{dtype}-d{self.head_size}-h{self.num_kv_heads}"
+            f"-c{self.tokens_per_cluster}"
+        )
+
+
+INDEX = [
+    IndexCase(),
+    IndexCase(dtype=FP16, tokens_per_cluster=8),
+    IndexCase(dtype=FP32, tokens_per_cluster=32),
+    IndexCase((0, 0, 16), head_size=80, num_kv_heads=1),
+    IndexCase((1, 128), FP16, head_size=96, num_kv_heads=3),
+    IndexCase((16,), head_size=128, tokens_per_cluster=8),
+    IndexCase((255, 0), FP32, head_size=256),  # one row to cluster
+]

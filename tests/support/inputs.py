@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""Inputs as vLLM makes them, with poison wherever an op has no business reading.
+
+Everything is made on the CPU from a fixed seed and then copied to a device, so a
+case is the same case everywhere.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+
+POISON_BYTE = -1  # bytes of 0xff: NaN in every float dtype, -1 as a cluster end
+UNTOUCHED = 77  # fills uint8 outputs
+_GAP = 8  # elements between the rows of strided views; 16 bytes in 16 bits
+
+
+@dataclass
+class Pages:
+    """One layer's cache: vLLM's flat buffer, and the views of it that ops take."""
+
+    layout: PageLayout
+    buffer: torch.Tensor  # [num_blocks * page_bytes] int8
+    kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]
+    centroids: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters, 2 * head_size]
+    cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
+
+    @classmethod
+    def over(cls, layout: PageLayout, buffer: torch.Tensor) -> "Pages":
+        row = 2 * layout.head_size
+        kv_cache = buffer.view(layout.dtype).as_strided(
+            (len(buffer) // layout.page_bytes, layout.num_kv_heads, BLOCK_SIZE, row),
+            (layout.page_bytes // layout.dtype.itemsize, BLOCK_SIZE * row, row, 1),
+        )
+        return cls(layout, buffer, kv_cache, *layout.index_views(kv_cache))
+
+    @classmethod
+    def poisoned(cls, layout: PageLayout, num_blocks: int) -> "Pages":
+        size = num_blocks * layout.page_bytes
+        return cls.over(layout, torch.full((size,), POISON_BYTE, dtype=torch.int8))
+
+    def to(self, device: str) -> "Pages":
+        """A copy on ``device``."""
+        return Pages.over(self.layout, self.buffer.to(device, copy=True))
+
+    def args(self) -> dict:
+        return {
+            "kv_cache": self.kv_cache,
+            "centroids": self.centroids,
+            "cluster_ends": self.cluster_ends,
+        }
+
+    def bytes_of_blocks(self) -> torch.Tensor:
+        """[num_blocks, page_bytes] int8 on the CPU, padding and all."""
+        return self.buffer.view(-1, self.layout.page_bytes).cpu()
+
+    def write_index(self, block: int, labels: torch.Tensor, num_sinks: int) -> None:
+        """Stores the index that sorted labels imply.
+
+        Args:
+            labels: [num_kv_heads, BLOCK_SIZE - num_sinks], ascending in each head.
+        """
+        members = torch.nn.functional.one_hot(labels, self.layout.num_clusters)
+        counts = members.sum(1)  # [num_kv_heads, num_clusters]
+        rows = self.kv_cache[block, :, num_sinks:].float()
+        sums = members.transpose(1, 2).float() @ rows
+        self.centroids[block] = sums / counts.clamp(min=1)[..., None]
+        self.cluster_ends[block] = num_sinks + counts.cumsum(1)
+
+
+@dataclass
+class DecodeInputs:
+    """The inputs of the decode ops for one batch, and how to call each op.
+
+    The methods that run an op take the module that implements it, ``ops`` or
+    ``reference``, and return fresh outputs. What is not written stays infinite in
+    scores (so that a NaN, which poison gives, shows), ``UNTOUCHED`` in selections.
+    """
+
+    pages: Pages
+    query: torch.Tensor  # [num_reqs, num_heads, head_size]
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+    seq_lens: torch.Tensor  # [num_reqs] int32
+    scale: float
+    num_sink_tokens: int
+
+    def to(self, device: str) -> "DecodeInputs":
+        """A copy on ``device`` whose query and block table are strided views."""
+        return DecodeInputs(
+            self.pages.to(device),
+            with_gaps(self.query.to(device)),
+            with_gaps(self.block_table.to(device)),
+            self.seq_lens.to(device, copy=True),
+            self.scale,
+            self.num_sink_tokens,
+        )
+
+    def only(self, req: int) -> "DecodeInputs":
+        """The batch of one row."""
+        rows = slice(req, req + 1)
+        return DecodeInputs(
+            self.pages,
+            self.query[rows],
+            self.block_table[rows],
+            self.seq_lens[rows],
+            self.scale,
+            self.num_sink_tokens,
+        )
+
+    def num_indexed(self, req: int) -> int:
+        return max(int(self.seq_lens[req]) - 1, 0) // BLOCK_SIZE
+
+    def num_live(self, req: int) -> int:
+        """Clusters of a row's indexed pages: entries beyond stay untouched."""
+        return self.num_indexed(req) * self.pages.layout.num_clusters
+
+    def _shared_args(self) -> dict:
+        return {
+            **self.pages.args(),
+            "block_table": self.block_table,
+            "seq_lens": self.seq_lens,
+        }
+
+    def _per_cluster(self, num_heads: int, fill, dtype) -> torch.Tensor:
+        num_reqs, max_blocks = self.block_table.shape
+        shape = (num_reqs, num_heads, max_blocks * self.pages.layout.num_clusters)
+        return torch.full(shape, fill, dtype=dtype, device=self.query.device)
+
+    def score_args(self) -> dict:
+        return {
+            "query": self.query,
+            **self._shared_args(),
+            "scale": self.scale,
+            "scores": self._per_cluster(
+                self.query.shape[1], float("inf"), torch.float32
+            ),
+        }
+
+    def select_args(self, scores: torch.Tensor, token_budget: int) -> dict:
+        num_kv_heads = self.pages.layout.num_kv_heads
+        return {
+            "scores": scores.to(self.query.device),
+            **self._shared_args(),
+            "num_sink_tokens": self.num_sink_tokens,
+            "token_budget": token_budget,
+            "selected": self._per_cluster(num_kv_heads, UNTOUCHED, torch.uint8),
+            "num_attended": torch.full(
+                (len(self.seq_lens), num_kv_heads),
+                -1,
+                dtype=torch.int32,
+                device=self.query.device,
+            ),
+        }
+
+    def decode_args(
+        self,
+        scores: torch.Tensor,
+        selected: torch.Tensor,
+        tail_estimate: bool = True,
+        num_splits: int = 2,
+        out_dtype: torch.dtype | None = None,
+    ) -> dict:
+        device, poison = self.query.device, float("nan")
+        *heads, head_size = self.query.shape
+        shape = (*heads, num_splits, head_size + 2)
+        output = torch.full_like(self.query, poison, dtype=out_dtype)
+        return {
+            "query": self.query,
+            **self._shared_args(),
+            "scores": scores.to(device),
+            "selected": selected.to(device),
+            "scale": self.scale,
+            "num_sink_tokens": self.num_sink_tokens,
+            "tail_estimate": tail_estimate,
+            "workspace": torch.full(shape, poison, device=device),
+            "output": with_gaps(output),
+        }
+
+    def score(self, module) -> torch.Tensor:
+        args = self.score_args()
+        module.score_clusters(**args)
+        return args["scores"]
+
+    def select(self, module, scores, token_budget) -> tuple[torch.Tensor, torch.Tensor]:
+        args = self.select_args(scores, token_budget)
+        module.select_clusters(**args)
+        return args["selected"], args["num_attended"]
+
+    def decode(self, module, scores, selected, **options) -> torch.Tensor:
+        args = self.decode_args(scores, selected, **options)
+        module.sparse_decode(**args)
+        assert gaps(args["output"]).isnan().all(), "wrote between the output's rows"
+        return args["output"]
+
+
+def make_decode_inputs(case, seed: int = 0) -> DecodeInputs:
+    """A batch whose pages carry a correct index, with empty clusters in it.
+
+    The clusters are drawn, not found by ``index_pages``: keys scatter around one
+    direction a cluster, so scores differ as they do in practice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layout = PageLayout(
+        case.num_kv_heads,
+        case.head_size,
+        BLOCK_SIZE // case.tokens_per_cluster,
+        case.dtype,
+    )
+    pages_per_row = [-(-seq_len // BLOCK_SIZE) for seq_len in case.seq_lens]
+    pages = Pages.poisoned(layout, sum(pages_per_row) + 2)
+    blocks = torch.randperm(sum(pages_per_row) + 2, generator=generator).tolist()
+    unused = blocks.pop()
+    num_reqs, max_blocks = len(case.seq_lens), max(pages_per_row, default=0) + 1
+    block_table = torch.full((num_reqs, max_blocks), unused, dtype=torch.int32)
+    for req, seq_len in enumerate(case.seq_lens):
+        for i in range(pages_per_row[req]):
+            block = block_table[req, i] = blocks.pop()
+            num_rows = min(seq_len - i * BLOCK_SIZE, BLOCK_SIZE)
+            if i < (seq_len - 1) // BLOCK_SIZE:
+                sinks = case.num_sink_tokens if i == 0 else 0
+                fill_indexed_page(pages, int(block), sinks, generator)
+            else:
+                shape = (case.num_kv_heads, num_rows, 2 * case.head_size)
+                rows = torch.randn(shape, generator=generator)
+                pages.kv_cache[block, :, :num_rows] = rows.to(case.dtype)
+    shape = (num_reqs, case.num_kv_heads * case.group, case.head_size)
+    query = torch.randn(shape, generator=generator).to(case.dtype)
+    seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32)
+    scale = case.head_size**-0.5
+    return DecodeInputs(
+        pages, query, block_table, seq_lens, scale, case.num_sink_tokens
+    )
+
+
+def fill_indexed_page(pages: Pages, block: int, num_sinks: int, generator) -> None:
+    """Fills a page with sorted clusters of uneven sizes, some empty, and its index."""
+    layout = pages.layout
+    heads, clusters = layout.num_kv_heads, layout.num_clusters
+    labels = torch.rand(heads, BLOCK_SIZE - num_sinks, generator=generator) ** 2
+    labels = (labels * clusters).long()
+    dropped = torch.randint(clusters, (heads, 1), generator=generator)
+    labels = torch.where(labels == dropped, (dropped + 1) % clusters, labels)
+    labels = labels.sort(1).values
+    row = 2 * layout.head_size
+    centres = torch.randn(heads, clusters, row, generator=generator)
+    rows = torch.randn(heads, BLOCK_SIZE, row, generator=generator)
+    rows[:, num_sinks:] += 2 * centres.gather(1, labels[..., None].expand(-1, -1, row))
+    pages.kv_cache[block] = rows.to(layout.dtype)
+    pages.write_index(block, labels, num_sinks)
+
+
+def with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy as a view of a wider tensor: strided rows and heads, poison between."""
+    wide = tensor.new_full(
+        (*tensor.shape[:-1], tensor.shape[-1] + _GAP),
+        float("nan") if tensor.is_floating_point() else -1,
+    )
+    view = wide[..., : tensor.shape[-1]]
+    return view.copy_(tensor)
+
+
+def gaps(view: torch.Tensor) -> torch.Tensor:
+    """What lies between the rows of a ``with_gaps`` view."""
+    return view._base[..., view.shape[-1] :]

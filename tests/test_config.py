@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""Settings: what is accepted, and that each rejection names setting and value."""
+
+import dataclasses
+import re
+
+import pytest
+
+from vllm_clusterkv.config import ClusterKVConfig
+
+
+def read(**settings) -> ClusterKVConfig:
+    return ClusterKVConfig.from_additional_config({"clusterkv": settings})
+
+
+@pytest.mark.parametrize(
+    "additional_config", [None, {}, {"clusterkv": {}}, {"another_plugin": 1}]
+)
+def test_defaults(additional_config):
+    config = ClusterKVConfig.from_additional_config(additional_config)
+    assert dataclasses.asdict(config) == {
+        "token_budget": 1024,
+        "tokens_per_cluster": 16,
+        "num_iters": 8,
+        "num_sink_tokens": 16,
+        "tail_estimate": True,
+        "stats_path": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("token_budget", [1, 2**30]),
+        ("tokens_per_cluster", [8, 16, 32]),
+        ("num_iters", [1, 100]),
+        ("num_sink_tokens", [0, 128]),
+        ("tail_estimate", [True, False]),
+        ("stats_path", ["/tmp/stats.jsonl", None]),
+    ],
+)
+def test_the_ends_of_each_range_are_accepted(name, values):
+    for value in values:
+        assert getattr(read(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_cluster", "num_clusters"), [(8, 32), (16, 16), (32, 8)]
+)
+def test_clusters_a_page(tokens_per_cluster, num_clusters):
+    assert read(tokens_per_cluster=tokens_per_cluster).num_clusters == num_clusters
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "values"),
+    [
+        (
+            "token_budget",
+            "an integer from 1 to 1073741824",
+            [0, -1, 2**30 + 1, 1024.0, "1024", True, None, [1024]],
+        ),
+        ("num_iters", "an integer from 1 to 100", [0, 101, 8.0, "8", True]),
+        ("num_sink_tokens", "an integer from 0 to 128", [-1, 129, 16.0, "16", False]),
+        ("tokens_per_cluster", "8, 16 or 32", [0, 15, 64, 16.0, "16", True, None]),
+        ("tail_estimate", "true or false", [0, 1, "true", None]),
+        ("stats_path", "a file path or null", ["", 1, True, ["a"]]),
+    ],
+)
+def test_a_bad_value_is_named(name, expected, values):
+    for value in values:
+        setting = f"additional_config['clusterkv']['{name}']"
+        message = f"{setting} must be {expected}, got {value!r}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            read(**{name: value})
+
+
+def test_an_unknown_setting_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match="has no setting 'token_buget'") as error:
+        read(token_buget=5)
+    for field in dataclasses.fields(ClusterKVConfig):
+        assert field.name in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [None, [], "token_budget=1", 1024])
+def test_settings_must_be_a_mapping(settings):
+    with pytest.raises(ValueError, match=r"must be a mapping of settings, got "):
+        ClusterKVConfig.from_additional_config({"clusterkv": settings})
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ClusterKVConfig().token_budget = 5

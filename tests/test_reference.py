@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""The references agree with dense attention where they must, and with hand counts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support import cases
+from tests.support.baselines import dense_attention
+from tests.support.inputs import Pages, make_decode_inputs
+from vllm_clusterkv import reference
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+
+CLOSE = {"rtol": 2e-5, "atol": 1e-5}
+
+
+def attend(inputs, token_budget, tail_estimate=True):
+    scores = inputs.score(reference)
+    selected, num_attended = inputs.select(reference, scores, token_budget)
+    output = inputs.decode(reference, scores, selected, tail_estimate=tail_estimate)
+    return output, num_attended
+
+
+def index_all(inputs):
+    """Indexes every complete page of every row, as decoding would have."""
+    for req in range(len(inputs.seq_lens)):
+        blocks = inputs.block_table[req, : inputs.num_indexed(req)]
+        sinks = torch.zeros(len(blocks), dtype=torch.int32)
+        sinks[:1] = inputs.num_sink_tokens
+        reference.index_pages(
+            **inputs.pages.args(), block_ids=blocks, num_sink_tokens=sinks, num_iters=2
+        )
+
+
+@pytest.mark.parametrize("tail_estimate", [True, False])
+@pytest.mark.parametrize("num_sink_tokens", [0, 16])
+@pytest.mark.parametrize("tokens_per_cluster", [8, 16, 32])
+def test_a_covering_budget_is_dense(tokens_per_cluster, num_sink_tokens, tail_estimate):
+    inputs = make_decode_inputs(
+        cases.DecodeCase(
+            (0, 1, 255, 256, 257, 513, 900),
+            cases.FP32,
+            tokens_per_cluster=tokens_per_cluster,
+            num_sink_tokens=num_sink_tokens,
+        )
+    )
+    expected = dense_attention(inputs)
+    index_all(inputs)
+    output, num_attended = attend(inputs, 900, tail_estimate)
+    torch.testing.assert_close(output, expected, **CLOSE)
+    torch.testing.assert_close(dense_attention(inputs), expected, **CLOSE)
+    assert torch.equal(num_attended, inputs.seq_lens[:, None].expand(-1, 2))
+
+
+def test_the_tail_estimate_is_exact_for_clusters_of_equal_rows():
+    """n equal rows are one row with log(n) on its logit; a budget of 1 will do."""
+    inputs = make_decode_inputs(cases.DecodeCase((900, 300), cases.FP32))
+    for req in range(2):
+        for i, block in enumerate(inputs.block_table[req, : inputs.num_indexed(req)]):
+            sinks = 16 if i == 0 else 0
+            rows = inputs.pages.kv_cache[block, :, sinks:]
+            kinds = torch.arange(BLOCK_SIZE - sinks) * 16 // (BLOCK_SIZE - sinks)
+            rows.copy_(rows[:, kinds * 15])  # 16 different rows, in runs
+    index_all(inputs)
+    expected = dense_attention(inputs)
+    output, num_attended = attend(inputs, token_budget=1)
+    assert (num_attended < inputs.seq_lens[:, None] - 200).all()
+    torch.testing.assert_close(output, expected, **CLOSE)
+    output, _ = attend(inputs, token_budget=1, tail_estimate=False)
+    assert (output - expected).abs().max() > 0.1
+
+
+def test_the_tail_estimate_comes_closer_to_dense():
+    inputs = make_decode_inputs(cases.DecodeCase((1500,), cases.FP32))
+    expected = dense_attention(inputs)
+    errors = [
+        (attend(inputs, token_budget, tail_estimate)[0] - expected).norm()
+        for token_budget in (100, 500)
+        for tail_estimate in (False, True)
+    ]
+    assert errors[1] < errors[0] / 2 and errors[3] < errors[2] / 2
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_an_indexed_page_holds_its_rows_and_their_means(dtype):
+    layout = PageLayout(2, 64, 16, dtype)
+    pages = Pages.poisoned(layout, 1)
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(2, BLOCK_SIZE, 128, generator=generator).to(dtype)
+    pages.kv_cache[0] = before
+    reference.index_pages(
+        **pages.args(),
+        block_ids=torch.tensor([0]),
+        num_sink_tokens=torch.tensor([16]),
+        num_iters=3,
+    )
+    for head in range(2):
+        rows, ends = pages.kv_cache[0, head], pages.cluster_ends[0, head].tolist()
+        assert torch.equal(rows[:16], before[head, :16])
+        moved = (before[head][:, None] == rows).all(-1)  # [before, after]
+        assert (moved.sum(0) == 1).all() and (moved.sum(1) == 1).all()
+        for c, (start, end) in enumerate(zip([16, *ends], ends, strict=False)):
+            mean = rows[start:end].float().mean(0) if end > start else 0 * rows[0]
+            torch.testing.assert_close(
+                pages.centroids[0, head, c], mean.to(dtype), rtol=1e-6, atol=1e-6
+            )
+
+
+def test_keys_join_the_nearest_direction():
+    """Sixteen orthogonal directions, each seeded once, lengths from 1 to 100."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(16, (256,), generator=generator)
+    labels[8::16] = torch.arange(16)  # the evenly spaced keys that start the clusters
+    lengths = 1 + 99 * torch.rand(256, 1, generator=generator)
+    keys = lengths * torch.eye(64)[labels]
+    assert torch.equal(reference.cluster_keys(keys, 16, num_iters=8), labels)
+
+
+def test_more_rounds_make_tighter_clusters():
+    keys = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+
+    def tightness(num_iters):
+        members = F.one_hot(reference.cluster_keys(keys, 16, num_iters), 16).float()
+        nearest = (members @ members.T @ keys) / (members @ members.sum(0))[:, None]
+        return torch.cosine_similarity(keys, nearest).mean()
+
+    assert tightness(8) > tightness(2) > tightness(1)
+
+
+def test_first_argmax_takes_the_lowest_of_equals():
+    similarity = torch.tensor([[1.0, 3, 3, 2], [0, 0, 0, 0], [-1, -2, -1, 5]])
+    assert reference.first_argmax(similarity).tolist() == [1, 0, 3]
+
+
+def test_cluster_sizes_count_from_the_sinks_in_the_first_page_only():
+    ends = torch.tensor([[20, 20, 256], [0, 100, 256]], dtype=torch.int16)
+    sizes = reference.cluster_sizes(ends, num_sink_tokens=16)
+    assert sizes.tolist() == [4, 0, 236, 0, 100, 156]
+    assert reference.cluster_sizes(ends[:0], num_sink_tokens=16).tolist() == []
+
+
+def test_weights_are_a_softmax_a_token():
+    scores = torch.tensor([[0.0, 1, 9, 2], [3, 0, 9, 0]])
+    counts = torch.tensor([5, 1, 0, 10])
+    weights = reference.rank_weights(scores, counts)
+    tokens = scores.repeat_interleave(counts, 1).softmax(1).sum(0)
+    assert torch.allclose(weights[[0, 1, 3]], tokens[[0, 5, 6]])
+    assert weights[2] == -1
+    torch.testing.assert_close((weights * counts).sum(), torch.tensor(2.0))
