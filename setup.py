@@ -12,8 +12,8 @@ Environment:
 
 import os
 import platform
-import sysconfig
 import sys
+import sysconfig
 
 from setuptools import setup
 
@@ -35,7 +35,13 @@ PYTHON_ABI = "cp311"
 
 def cpu_extension():
     arch = os.environ.get("CLUSTERKV_CPU_ARCH", "native")
-    flags = ["-O3", "-std=c++17", "-fopenmp-simd", "-ffp-contract=fast", "-fvisibility=hidden"]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-fopenmp-simd",
+        "-ffp-contract=fast",
+        "-fvisibility=hidden",
+    ]
     if platform.machine() == "x86_64":
         flags += [f"-march={arch}", "-mprefer-vector-width=512"]
     else:
