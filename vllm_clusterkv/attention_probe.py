@@ -161,7 +161,7 @@ class AttentionProbe:
         captured = (mass * taken).sum(-1)
         estimated = weights[..., context:].sum(-1)
         error = (sparse - dense).norm(dim=-1) / dense.norm(dim=-1)
-        positions = self._positions(step, indexed.tolist(), context)
+        positions = self._positions(step, blocks.tolist(), context)
         for head in range(num_kv_heads):
             row_mass = mass[head].mean(0)
             token_mass = torch.empty_like(row_mass)
@@ -194,11 +194,14 @@ class AttentionProbe:
                 )
             )
 
-    def _positions(self, step, indexed: list[int], context: int) -> torch.Tensor:
-        """Position of each row of the context: [num_kv_heads, context] int64."""
+    def _positions(self, step, blocks: list[int], context: int) -> torch.Tensor:
+        """Position of each row of the context: [num_kv_heads, context] int64.
+
+        Every complete page is sorted, also a tail page that this step completed.
+        """
         num_kv_heads = step.kv_cache.shape[1]
         positions = torch.arange(context).repeat(num_kv_heads, 1)
-        for page, block in enumerate(indexed):
+        for page, block in enumerate(blocks[: context // BLOCK_SIZE]):
             start = page * BLOCK_SIZE
             origin = self._origins[step.kv_cache.data_ptr(), block]
             positions[:, start : start + BLOCK_SIZE] = start + origin

@@ -5,13 +5,15 @@
 Phases of a step, in each layer:
 
 1. K and V of the step's tokens are written to their pages (vLLM's slot mapping).
-2. Decode rows: score the clusters of their indexed pages, select within the token
+2. Rows that still have prompt to compute: dense causal attention, by the platform's
+   own backend. Sorted pages before the chunk need no special case.
+3. Pages that the step completes are clustered, sorted and indexed in place
+   (``index_completed_pages``). Behind 2, whose causal mask needs the order of the
+   chunk; before 4, because vLLM shares a page in the very step that completes it: a
+   request resumed after preemption may find all its tokens but the last in pages
+   that another row of the batch fills, and then decodes over their index.
+4. Decode rows: score the clusters of their indexed pages, select within the token
    budget, attend (``decode``). The tail page is attended to exactly.
-3. Rows that still have prompt to compute: dense causal attention, by the
-   platform's own backend. Sorted pages before the chunk need no special case.
-4. Pages that the step completed are clustered, sorted and indexed in place
-   (``index_completed_pages``), in the same forward: the next step may hand them to
-   another request as a prefix hit.
 
 KV cache: vLLM's pool in the LBHNC layout, one block of 256 tokens a page, the
 index behind each page (``page_layout.py`` has the bytes). There is no other
@@ -97,7 +99,7 @@ class DecodeMetadata:
 
 @dataclass
 class CompletedPages:
-    """The pages that a step fills, to be indexed behind its attention."""
+    """The pages that a step fills."""
 
     block_ids: torch.Tensor  # [num_pages] int32
     num_sink_tokens: torch.Tensor  # [num_pages] int32

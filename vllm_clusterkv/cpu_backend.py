@@ -113,8 +113,10 @@ class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             " with tail estimate" if self.config.tail_estimate else "",
             100 * self.layout.overhead,
         )
-        if self.config.stats_path and vllm_config.parallel_config.rank == 0:
-            observe.write_stats(self.config.stats_path, len(layer_names))
+        is_first_rank = vllm_config.parallel_config.rank == 0
+        observe.set_stats_file(
+            self.config.stats_path if is_first_rank else None, layer_names
+        )
 
     def build(  # type: ignore[override]
         self,
@@ -310,16 +312,6 @@ class ClusterKVCPUImpl(AttentionImpl):
         num_tokens = attn_metadata.num_actual_tokens
         num_decode_tokens = attn_metadata.num_decode_tokens
         pages = self._semantic_pages(kv_cache)
-        if attn_metadata.decode is not None:
-            decode(
-                layer.layer_name,  # type: ignore[attr-defined]
-                query[:num_decode_tokens],
-                pages,
-                attn_metadata.decode,
-                self.scale,
-                self.config,
-                output[:num_decode_tokens],
-            )
         if attn_metadata.prefill is not None:
             self._prefill(
                 layer,
@@ -330,6 +322,16 @@ class ClusterKVCPUImpl(AttentionImpl):
             )
         if attn_metadata.completed is not None:
             index_completed_pages(pages, attn_metadata.completed, self.config)
+        if attn_metadata.decode is not None:
+            decode(
+                layer.layer_name,  # type: ignore[attr-defined]
+                query[:num_decode_tokens],
+                pages,
+                attn_metadata.decode,
+                self.scale,
+                self.config,
+                output[:num_decode_tokens],
+            )
         return output
 
     def _prefill(

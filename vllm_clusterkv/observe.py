@@ -52,7 +52,7 @@ class StatsWriter:
     layers and KV heads).
     """
 
-    def __init__(self, path: str, num_layers: int) -> None:
+    def __init__(self, path: str, layer_names: list[str]) -> None:
         try:
             self._file = open(path, "a", buffering=1)  # noqa: SIM115
         except OSError as error:
@@ -60,12 +60,14 @@ class StatsWriter:
                 "additional_config['clusterkv']['stats_path'] must be a file that can "
                 f"be written, got {path!r} ({error.strerror})"
             ) from error
-        self._num_layers = num_layers
+        self._layer_names = layer_names
         self._attended: list[torch.Tensor] = []
 
     def __call__(self, step: DecodeStep) -> None:
+        if step.layer_name == self._layer_names[0]:
+            self._attended.clear()
         self._attended.append(step.num_attended.float().mean(1))  # [num_reqs]
-        if len(self._attended) < self._num_layers:
+        if step.layer_name != self._layer_names[-1]:
             return
         line = {
             "time": time.time(),
@@ -73,18 +75,24 @@ class StatsWriter:
             "attended": torch.stack(self._attended).mean(0).tolist(),
         }
         self._file.write(json.dumps(line) + "\n")
-        self._attended.clear()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
-def write_stats(path: str, num_layers: int) -> None:
-    """Installs a ``StatsWriter``, in place of one installed before.
+def set_stats_file(path: str | None, layer_names: list[str]) -> None:
+    """Installs a ``StatsWriter`` in place of that of an earlier engine, or none.
 
     Args:
-        path: The file; appended to.
-        num_layers: Attention layers a step passes through.
+        path: The file, appended to; None to write no statistics.
+        layer_names: The engine's attention layers in the order in which they run.
 
     Raises:
         ValueError: The file cannot be written.
     """
-    observers[:] = [o for o in observers if not isinstance(o, StatsWriter)]
-    observers.append(StatsWriter(path, num_layers))
+    for observer in [o for o in observers if isinstance(o, StatsWriter)]:
+        observers.remove(observer)
+        observer.close()
+    if path is not None:
+        observers.append(StatsWriter(path, layer_names))

@@ -8,7 +8,6 @@ every byte, index and padding included, is NaN before the first request.
 """
 
 import pytest
-import torch
 
 from tests.support.engine import (
     NUM_TOKENS,
@@ -18,6 +17,7 @@ from tests.support.engine import (
     clusterkv,
     engine,
     generate,
+    poison,
     sampling,
 )
 from vllm_clusterkv import cpu_backend
@@ -30,10 +30,7 @@ def llm(model_path, expected):
         max_num_batched_tokens=600,
         **clusterkv(token_budget=4096),
     ) as llm:
-        for layer in attention_layers(llm).values():
-            storage = layer.kv_cache.untyped_storage()
-            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
-            assert layer.kv_cache.isnan().all()
+        poison(llm)
         yield llm
 
 

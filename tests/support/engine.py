@@ -62,6 +62,14 @@ def clusterkv(**settings) -> dict:
     }
 
 
+def poison(llm) -> None:
+    """Fills the KV cache, index and padding included, with NaN (and ends of -1)."""
+    for layer in attention_layers(llm).values():
+        storage = layer.kv_cache.untyped_storage()
+        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
+        assert layer.kv_cache.isnan().all()
+
+
 def sampling(max_tokens: int):
     """Greedy sampling of exactly ``max_tokens`` tokens."""
     from vllm import SamplingParams
