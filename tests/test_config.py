@@ -69,8 +69,9 @@ def test_clusters_a_page(tokens_per_cluster, num_clusters):
 )
 def test_a_bad_value_is_named(name, expected, values):
     for value in values:
-        setting = f"additional_config['clusterkv']['{name}']"
-        message = f"{setting} must be {expected}, got {value!r}"
+        message = (
+            f"--additional-config: clusterkv.{name} must be {expected}, got {value!r}"
+        )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             read(**{name: value})
 
@@ -86,6 +87,15 @@ def test_an_unknown_setting_is_named_with_the_known_ones():
 def test_settings_must_be_a_mapping(settings):
     with pytest.raises(ValueError, match=r"must be a mapping of settings, got "):
         ClusterKVConfig.from_additional_config({"clusterkv": settings})
+
+
+@pytest.mark.parametrize(
+    "additional_config",
+    [{"token_budget": 512}, {"cluster_kv": {}}, {"ClusterKV": {}, "clusterkv": {}}],
+)
+def test_settings_beside_the_key_are_refused(additional_config):
+    with pytest.raises(ValueError, match="must be under the key 'clusterkv'.* got the"):
+        ClusterKVConfig.from_additional_config(additional_config)
 
 
 def test_frozen():

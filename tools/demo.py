@@ -3,19 +3,23 @@
 """Serves a small model with and without clusterkv and asks both the same question.
 
 Run as `make demo`. The document is a part of Python's language reference (it comes
-with Python) with one sentence hidden in it. Each server answers the question through
-the official OpenAI client; then it is asked again for a fixed number of tokens, from
-its prefix cache, and those tokens are timed. The time a token took is the mean gap
-between streamed tokens, so it includes the HTTP server.
+with Python) with one sentence hidden in it. Both servers answer the question through
+the official OpenAI client. Then they take turns to answer again, from their prefix
+caches, with a fixed number of tokens, and those are timed: side by side, since other
+work on the machine slows both. The time a token took is the median gap between
+streamed chunks, so it includes the HTTP server.
 """
 
 import argparse
 import json
+import os
 import pydoc_data.topics
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from openai import OpenAI
 from transformers import AutoTokenizer
@@ -28,7 +32,8 @@ FACT = (
 )
 QUESTION = "What is the best thing to do in San Francisco?"
 EXPECTED = "Dolores Park"
-NUM_TIMED_TOKENS = 64
+NUM_TIMED_TOKENS = 32
+NUM_ROUNDS = 4
 
 
 @dataclass
@@ -36,18 +41,21 @@ class Result:
     """What one backend did with the request."""
 
     backend: str
-    answer: str
-    first_token_s: float
-    cached_first_token_s: float
-    ms_per_token: float
-    prompt_tokens: int
-    attended: list[float] = field(default_factory=list)  # tokens, one a decode step
-    context: list[int] = field(default_factory=list)
+    server: VllmServer
+    answer: str = ""
+    prompt_tokens: int = 0
+    first_token_s: float = 0
+    cached_first_token_s: list[float] = field(default_factory=list)
+    gaps_ms: list[float] = field(default_factory=list)  # between chunks
 
     @property
     def found(self) -> bool:
         """Whether the answer holds the hidden fact."""
         return EXPECTED in self.answer
+
+    @property
+    def ms_per_token(self) -> float:
+        return median(self.gaps_ms)
 
 
 def main() -> int:
@@ -64,11 +72,23 @@ def main() -> int:
     message = build_message(args.model, args.document_tokens)
     print(f"Document: {args.document_tokens:,} tokens of Python's language reference.")
     print(f"Hidden in it: {FACT!r}\nQuestion: {QUESTION}\n")
-    results = [
-        run_backend("CPU_ATTN", args, message),
-        run_backend("CLUSTERKV", args, message),
-    ]
-    print_comparison(results, args)
+    stats_path = args.logs / "decode-steps.jsonl"
+    stats_path.unlink(missing_ok=True)
+    with ExitStack() as servers:
+        results = [
+            start(servers, backend, args, stats_path)
+            for backend in ("CPU_ATTN", "CLUSTERKV")
+        ]
+        for result in results:
+            ask(result, message)
+        num_untimed_steps = len(stats_path.read_text().splitlines())
+        print(f"Timing {NUM_ROUNDS} rounds of {NUM_TIMED_TOKENS} tokens ...\n")
+        for _ in range(NUM_ROUNDS):
+            for result in results:
+                time_tokens(result, message)
+    lines = stats_path.read_text().splitlines()[num_untimed_steps:]
+    steps = [json.loads(line) for line in lines]
+    print_comparison(results, steps, args.token_budget)
     return 0 if all(result.found for result in results) else 1
 
 
@@ -83,10 +103,10 @@ def build_message(model: str, num_tokens: int) -> str:
     return f"Read this document.\n\n{before}\n\n{FACT}\n\n{after}\n\n{QUESTION}"
 
 
-def run_backend(backend: str, args: argparse.Namespace, message: str) -> Result:
-    """Serves the model with a backend, asks, and stops the server."""
-    stats_path = args.logs / "decode-steps.jsonl"
-    stats_path.unlink(missing_ok=True)
+def start(
+    servers: ExitStack, backend: str, args: argparse.Namespace, stats_path: Path
+) -> Result:
+    """Starts a server with a backend; ``servers`` stops it."""
     flags = ["--max-model-len", "8192", "--dtype", "bfloat16", "--enforce-eager"]
     if backend == "CLUSTERKV":
         settings = {"token_budget": args.token_budget, "stats_path": str(stats_path)}
@@ -94,87 +114,85 @@ def run_backend(backend: str, args: argparse.Namespace, message: str) -> Result:
         flags += ["--additional-config", json.dumps({"clusterkv": settings})]
     log = args.logs / f"{backend.lower()}.log"
     print(f"[{backend}] starting the server ...", end=" ", flush=True)
-    with vllm_server(args.model, log, *flags) as server:
-        print(f"ready after {server.seconds_to_ready:.0f} s; log in {log.name}")
-        print(f"[{backend}] $ {server.command}")
-        print(f"[{backend}] answer: ", end="", flush=True)
-        result = ask(backend, server, message)
-    if stats_path.exists():
-        steps = [json.loads(line) for line in stats_path.read_text().splitlines()]
-        result.context = [step["context"][0] for step in steps]
-        result.attended = [step["attended"][0] for step in steps]
+    server = servers.enter_context(vllm_server(args.model, log, *flags))
+    print(f"ready after {server.seconds_to_ready:.0f} s; log in {log.name}")
+    print(f"[{backend}] $ {server.command}")
+    return Result(backend, server)
+
+
+def ask(result: Result, message: str) -> None:
+    """The question, its answer printed as it comes."""
+    print(f"\n[{result.backend}] answer: ", end="", flush=True)
+    start_s = time.perf_counter()
+    for chunk in stream(result.server, message, max_tokens=48):
+        if chunk.usage is not None:
+            result.prompt_tokens = chunk.usage.prompt_tokens
+        if chunk.choices and (piece := chunk.choices[0].delta.content):
+            result.first_token_s = result.first_token_s or (
+                time.perf_counter() - start_s
+            )
+            result.answer += piece
+            print(piece, end="", flush=True)
     found = "found" if result.found else "NOT found"
     print(
-        f"[{backend}] the fact was {found}; first token after "
-        f"{result.first_token_s:.1f} s, {result.cached_first_token_s:.2f} s when asked "
-        f"again; {result.ms_per_token:.1f} ms a token\n"
-    )
-    return result
-
-
-def ask(backend: str, server: VllmServer, message: str) -> Result:
-    """The question once for its answer, and once more to time tokens."""
-    client = OpenAI(base_url=server.base_url, api_key="none")
-
-    def stream(max_tokens: int, ignore_eos: bool, show: bool):
-        times, pieces, usage = [time.perf_counter()], [], None
-        for chunk in client.chat.completions.create(
-            model=SERVED_MODEL_NAME,
-            messages=[{"role": "user", "content": message}],
-            max_tokens=max_tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": ignore_eos},
-        ):
-            usage = chunk.usage or usage
-            if not chunk.choices or chunk.choices[0].delta.content is None:
-                continue
-            piece = chunk.choices[0].delta.content
-            # The first chunk announces the role; it carries no token.
-            if piece or len(times) > 1:
-                times.append(time.perf_counter())
-            pieces.append(piece)
-            if show:
-                print(piece, end="", flush=True)
-        return times, "".join(pieces), usage
-
-    times, answer, usage = stream(max_tokens=48, ignore_eos=False, show=True)
-    print()
-    timed, _, timed_usage = stream(NUM_TIMED_TOKENS, ignore_eos=True, show=False)
-    return Result(
-        backend=backend,
-        answer=answer,
-        first_token_s=times[1] - times[0],
-        cached_first_token_s=timed[1] - timed[0],
-        # Tokens without text of their own share a chunk with the next.
-        ms_per_token=1e3 * (timed[-1] - timed[1]) / (timed_usage.completion_tokens - 1),
-        prompt_tokens=usage.prompt_tokens,
+        f"\n[{result.backend}] the fact was {found}; first token after "
+        f"{result.first_token_s:.1f} s"
     )
 
 
-def print_comparison(results: list[Result], args: argparse.Namespace) -> None:
-    """The table at the end, and how the attended share moved over the steps."""
+def time_tokens(result: Result, message: str) -> None:
+    """Adds the gaps between the tokens of one more answer."""
+    times = [time.perf_counter()]
+    for chunk in stream(
+        result.server, message, max_tokens=NUM_TIMED_TOKENS, ignore_eos=True
+    ):
+        if chunk.choices and chunk.choices[0].delta.content:
+            times.append(time.perf_counter())
+    result.cached_first_token_s.append(times[1] - times[0])
+    result.gaps_ms += [
+        1e3 * (b - a) for a, b in zip(times[1:], times[2:], strict=False)
+    ]
+
+
+def stream(server: VllmServer, message: str, max_tokens: int, ignore_eos=False):
+    """The chunks of a greedy chat completion."""
+    return OpenAI(base_url=server.base_url, api_key="none").chat.completions.create(
+        model=SERVED_MODEL_NAME,
+        messages=[{"role": "user", "content": message}],
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": ignore_eos},
+    )
+
+
+def print_comparison(results: list[Result], steps: list[dict], budget: int) -> None:
+    """The table at the end, and the attended share over the timed steps."""
     dense, sparse = results
-    context = sum(sparse.context) / len(sparse.context)
-    attended = sum(sparse.attended) / len(sparse.attended)
+    contexts = [step["context"][0] for step in steps]
+    attended = [step["attended"][0] for step in steps]
+    context, mean_attended = sum(contexts) / len(steps), sum(attended) / len(steps)
     speed_up = dense.ms_per_token / sparse.ms_per_token
 
     def of_each(show) -> list[str]:
         return [show(result) for result in results]
 
     rows = [
-        ["", "vLLM default (CPU_ATTN)", f"clusterkv, budget {args.token_budget}"],
+        ["", "vLLM default (CPU_ATTN)", f"clusterkv, budget {budget}"],
         ["fact in the answer", *of_each(lambda r: "yes" if r.found else "no")],
         ["prompt tokens", *of_each(lambda r: f"{r.prompt_tokens:,}")],
         ["context at a decode step", f"{context:,.0f}", f"{context:,.0f}"],
         [
             "attended to exactly",
             f"{context:,.0f} (100%)",
-            f"{attended:,.0f} ({100 * attended / context:.0f}%)",
+            f"{mean_attended:,.0f} ({100 * mean_attended / context:.0f}%)",
         ],
         ["first token", *of_each(lambda r: f"{r.first_token_s:.1f} s")],
-        ["  asked again", *of_each(lambda r: f"{r.cached_first_token_s:.2f} s")],
+        [
+            "  asked again (cached)",
+            *of_each(lambda r: f"{median(r.cached_first_token_s):.2f} s"),
+        ],
         [
             "time a token",
             f"{dense.ms_per_token:.1f} ms",
@@ -183,19 +201,20 @@ def print_comparison(results: list[Result], args: argparse.Namespace) -> None:
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for i, row in enumerate(rows):
-        print(
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            )
-        )
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
         if i == 0:
             print("  ".join("-" * width for width in widths))
-    print("\nDecode steps of clusterkv (tokens attended to exactly, of the context):")
-    for step in range(0, len(sparse.context), max(1, len(sparse.context) // 8)):
-        share = sparse.attended[step] / sparse.context[step]
+    num_cpus = len(os.sched_getaffinity(0))
+    print(f"({num_cpus} CPUs; load over the last minute {os.getloadavg()[0]:.1f})")
+    print(
+        "\nA timed answer, step by step (tokens attended to exactly, of the context):"
+    )
+    for step in range(0, NUM_TIMED_TOKENS - 1, 5):
+        share = attended[step] / contexts[step]
         print(
-            f"  step {step + 1:3}  {sparse.attended[step]:5.0f} of "
-            f"{sparse.context[step]:5}  {'#' * round(40 * share):<40}|"
+            f"  token {step + 2:3}  {attended[step]:5.0f} of {contexts[step]:5}  "
+            f"|{'#' * round(40 * share):<40}|"
         )
     print(
         "\nThe count is the mean over layers and KV heads: the budget, 16 attention "

@@ -62,7 +62,7 @@ class ClusterKVConfig:
 
     def _reject(self, name: str, expected: str) -> None:
         raise ValueError(
-            f"additional_config['clusterkv']['{name}'] must be {expected}, "
+            f"--additional-config: clusterkv.{name} must be {expected}, "
             f"got {getattr(self, name)!r}"
         )
 
@@ -79,17 +79,26 @@ class ClusterKVConfig:
         """
         if not isinstance(additional_config, dict):
             return cls()
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in additional_config:
+            # Other plugins' keys are theirs; these can only be meant for us.
+            is_misspelt = key.lower().replace("_", "").replace("-", "") == "clusterkv"
+            if key in known or (is_misspelt and key != "clusterkv"):
+                raise ValueError(
+                    "--additional-config: settings must be under the key 'clusterkv', "
+                    f'as in {{"clusterkv": {{"token_budget": 1024}}}}, got the '
+                    f"key {key!r} beside it"
+                )
         given = additional_config.get("clusterkv", {})
         if not isinstance(given, dict):
             raise ValueError(
-                "additional_config['clusterkv'] must be a mapping of settings, "
+                "--additional-config: clusterkv must be a mapping of settings, "
                 f"got {given!r}"
             )
-        known = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in known:
                 raise ValueError(
-                    f"additional_config['clusterkv'] has no setting {name!r}; "
+                    f"--additional-config: clusterkv has no setting {name!r}; "
                     f"the settings are {', '.join(known)}"
                 )
         return cls(**given)

