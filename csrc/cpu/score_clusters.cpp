@@ -25,7 +25,7 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
   const int64_t chunks = (rows.max_blocks + kPagesPerTask - 1) / kPagesPerTask;
   const int64_t num_tasks = rows.num_reqs * pages.num_kv_heads * chunks;
   torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> query(group * head_size), centroid(head_size);
+    std::vector<float> query(group * head_size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks % pages.num_kv_heads;
       const int64_t req = task / chunks / pages.num_kv_heads;
@@ -35,23 +35,42 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
       const int64_t first_head = head * group;
       for (int64_t g = 0; g < group; ++g) {
         float* q = query.data() + g * head_size;
-        load_row(static_cast<const T*>(p.query) + req * p.query_row_stride +
-                     (first_head + g) * p.query_head_stride,
-                 q, head_size);
+        load_packed(static_cast<const T*>(p.query) + req * p.query_row_stride +
+                        (first_head + g) * p.query_head_stride,
+                    q, head_size);
         for (int64_t d = 0; d < head_size; ++d) q[d] *= p.scale;
       }
       float* scores = p.scores + (req * rows.num_heads + first_head) * p.max_clusters;
-      for (int64_t page = chunk * kPagesPerTask; page < last; ++page) {
+      const auto centroids_of = [&](int64_t page) {
         const int64_t block = rows.block_table[req * rows.block_table_stride + page];
-        const T* centroids = static_cast<const T*>(pages.centroids) +
-                             block * pages.centroid_block_stride +
-                             head * pages.centroid_head_stride;
+        return static_cast<const T*>(pages.centroids) + block * pages.centroid_block_stride +
+               head * pages.centroid_head_stride;
+      };
+      const auto prefetch_page = [&](int64_t page) {
+        const T* centroids = centroids_of(page);
         for (int64_t c = 0; c < pages.num_clusters; ++c) {
-          load_row(centroids + c * pages.centroid_row_stride, centroid.data(), head_size);
-          for (int64_t g = 0; g < group; ++g) {
-            scores[g * p.max_clusters + page * pages.num_clusters + c] =
-                dot(query.data() + g * head_size, centroid.data(), head_size);
-          }
+          prefetch(centroids + c * pages.centroid_row_stride, head_size);
+        }
+      };
+      const int64_t begin_page = chunk * kPagesPerTask;
+      for (int64_t page = begin_page; page < last; ++page) {
+        prefetch(centroids_of(page), 1);
+        prefetch(centroids_of(page) + (pages.num_clusters - 1) * pages.centroid_row_stride, 1);
+      }
+      for (int i = 0; i < 1; ++i)
+        if (begin_page + i < last) prefetch_page(begin_page + i);
+      for (int64_t page = begin_page; page < last; ++page) {
+        if (page + 1 < last) prefetch_page(page + 1);
+        const T* centroids = centroids_of(page);
+        for (int64_t c = 0; c < pages.num_clusters; c += kDotRows) {
+          const T* keys[kDotRows];
+          for (int i = 0; i < kDotRows; ++i)
+            keys[i] = centroids + (c + i) * pages.centroid_row_stride;
+          float* out = scores + page * pages.num_clusters + c;
+          for_head_blocks(group, [&](auto heads, int64_t first) {
+            dot_rows<decltype(heads)::value>(query.data() + first * head_size, keys, 0, head_size,
+                                             out + first * p.max_clusters, p.max_clusters);
+          });
         }
       }
     }

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -18,19 +19,22 @@
 namespace clusterkv::cpu {
 namespace {
 
-constexpr int kTileRows = 64;
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kPrefetchRows = 16;
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
-// A row to attend to: a token (`key` set) or a cluster left out (`cluster` scored).
-template <typename T>
-struct Entry {
-  const T* key;
-  const T* value;
-  int64_t cluster;
-  float log_count;
-};
+// log(count) of every cluster size that a page can have.
+const float* log_counts() {
+  static const std::array<float, 257> table = [] {
+    std::array<float, 257> logs{};
+    for (int i = 0; i < 257; ++i) logs[i] = std::log(static_cast<float>(i));
+    return logs;
+  }();
+  return table.data();
+}
 
-// Online softmax state of one query group over the tiles of a split.
+// One query group's attention to the rows of a split: first gathered, then attended
+// to in tiles with an online softmax.
 template <typename T>
 class GroupAttention {
  public:
@@ -38,7 +42,6 @@ class GroupAttention {
       : group_(group),
         head_size_(head_size),
         query_(group * head_size),
-        row_(head_size),
         logits_(group * kTileRows),
         output_(group * head_size),
         max_(group),
@@ -49,25 +52,39 @@ class GroupAttention {
     score_stride_ = p.max_clusters;
     for (int64_t g = 0; g < group_; ++g) {
       float* q = query_.data() + g * head_size_;
-      load_row(static_cast<const T*>(p.query) + req * p.query_row_stride +
-                   (first_head + g) * p.query_head_stride,
-               q, head_size_);
+      load_packed(static_cast<const T*>(p.query) + req * p.query_row_stride +
+                      (first_head + g) * p.query_head_stride,
+                  q, head_size_);
       for (int64_t d = 0; d < head_size_; ++d) q[d] *= p.scale;
     }
     std::fill(output_.begin(), output_.end(), 0.0f);
     std::fill(max_.begin(), max_.end(), kNegInf);
     std::fill(sum_.begin(), sum_.end(), 0.0f);
-    num_entries_ = 0;
+    tokens_.clear();
+    means_.clear();
+    clusters_.clear();
+    log_counts_.clear();
   }
 
-  void add(const Entry<T>& entry) {
-    entries_[num_entries_++] = entry;
-    if (num_entries_ == kTileRows) flush();
+  // Tokens: K|V rows.
+  void add_tokens(const T* first_row, int64_t num_rows, int64_t row_stride) {
+    const size_t size = tokens_.size();
+    tokens_.resize(size + num_rows);
+    for (int64_t i = 0; i < num_rows; ++i) tokens_[size + i] = first_row + i * row_stride;
+  }
+
+  // A cluster left out, by its row of means.
+  void add_mean(const T* row, int64_t cluster, float log_count) {
+    prefetch(row + head_size_, head_size_);
+    means_.push_back(row);
+    clusters_.push_back(static_cast<int32_t>(cluster));
+    log_counts_.push_back(log_count);
   }
 
   // Writes output (unnormalised), max and sum of each head: [head_size + 2] each.
   void finish(float* partial, int64_t head_stride) {
-    flush();
+    attend_tokens();
+    attend_means();
     for (int64_t g = 0; g < group_; ++g) {
       float* head = partial + g * head_stride;
       std::copy_n(output_.data() + g * head_size_, head_size_, head);
@@ -77,81 +94,112 @@ class GroupAttention {
   }
 
  private:
-  void flush() {
-    if (num_entries_ == 0) return;
-    for (int j = 0; j < num_entries_; ++j) {
-      const Entry<T>& entry = entries_[j];
-      if (entry.key != nullptr) {
-        load_row(entry.key, row_.data(), head_size_);
-        for (int64_t g = 0; g < group_; ++g) {
-          logits_[g * kTileRows + j] = dot(query_.data() + g * head_size_, row_.data(), head_size_);
-        }
-      } else {
-        for (int64_t g = 0; g < group_; ++g) {
-          logits_[g * kTileRows + j] = scores_[g * score_stride_ + entry.cluster] + entry.log_count;
-        }
-      }
+  void attend_tokens() {
+    const int64_t num_tokens = tokens_.size();
+    if (num_tokens == 0) return;
+    tokens_.insert(tokens_.end(), kTileRows, tokens_.back());
+    for (int64_t i = 0; i < std::min(num_tokens, kTileRows); ++i) {
+      prefetch(tokens_[i], 2 * head_size_);
     }
-    for (int64_t g = 0; g < group_; ++g) softmax_tile(g);
-    for (int j = 0; j < num_entries_; ++j) {
-      load_row(entries_[j].value, row_.data(), head_size_);
-      for (int64_t g = 0; g < group_; ++g) {
-        const float weight = logits_[g * kTileRows + j];
-        float* __restrict output = output_.data() + g * head_size_;
-        const float* __restrict value = row_.data();
-#pragma omp simd
-        for (int64_t d = 0; d < head_size_; ++d) output[d] += weight * value[d];
+    for (int64_t begin = 0; begin < num_tokens; begin += kTileRows) {
+      const int64_t num_rows = std::min(kTileRows, num_tokens - begin);
+      for (int64_t row = 0; row < num_rows; row += kDotRows) {
+        const T* const* rows = tokens_.data() + begin + row;
+        const int64_t ahead = std::min(kTileRows, num_tokens - begin - row);
+        for_head_blocks(group_, [&](auto heads, int64_t first) {
+          dot_rows<decltype(heads)::value>(query_.data() + first * head_size_, rows, ahead,
+                                           head_size_, logits_.data() + first * kTileRows + row,
+                                           kTileRows);
+        });
       }
+      attend_tile(tokens_.data() + begin, num_rows, std::min(kTileRows, num_tokens - begin));
     }
-    num_entries_ = 0;
   }
 
-  // Turns a head's logits into weights relative to its running maximum.
-  void softmax_tile(int64_t g) {
-    float* logits = logits_.data() + g * kTileRows;
-    float max = max_[g];
-    for (int j = 0; j < num_entries_; ++j) max = std::max(max, logits[j]);
-    if (max > max_[g]) {
-      const float correction = fast_exp(max_[g] - max);
-      float* output = output_.data() + g * head_size_;
-      for (int64_t d = 0; d < head_size_; ++d) output[d] *= correction;
-      sum_[g] *= correction;
-      max_[g] = max;
+  void attend_means() {
+    const int64_t num_means = means_.size();
+    if (num_means == 0) return;
+    means_.insert(means_.end(), kTileRows, means_.back());
+    for (int64_t begin = 0; begin < num_means; begin += kTileRows) {
+      const int64_t num_rows = std::min(kTileRows, num_means - begin);
+      for (int64_t g = 0; g < group_; ++g) {
+        const float* scores = scores_ + g * score_stride_;
+        for (int64_t i = 0; i < num_rows; ++i) {
+          logits_[g * kTileRows + i] = scores[clusters_[begin + i]] + log_counts_[begin + i];
+        }
+      }
+      attend_tile(means_.data() + begin, num_rows, num_rows);
     }
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < num_entries_; ++j) {
-      logits[j] = fast_exp(logits[j] - max);
-      sum += logits[j];
+  }
+
+  // Adds the values of rows whose logits are set.
+  void attend_tile(const T* const* rows, int64_t num_rows, int64_t ahead) {
+    const int64_t padded = (num_rows + kLanes - 1) / kLanes * kLanes;
+    for (int64_t g = 0; g < group_; ++g) {
+      std::fill_n(logits_.data() + g * kTileRows + num_rows, padded - num_rows, kNegInf);
     }
-    sum_[g] += sum;
+    for_head_blocks(group_, [&](auto heads, int64_t first) {
+      constexpr int kHeads = decltype(heads)::value;
+      weigh_tile<kHeads>(first, padded);
+      add_weighted_rows<kHeads>(logits_.data() + first * kTileRows, kTileRows, rows, num_rows,
+                                ahead, head_size_, head_size_, output_.data() + first * head_size_);
+    });
+  }
+
+  // Turns logits into weights relative to the running maximum of their head.
+  template <int kHeads>
+  void weigh_tile(int64_t first, int64_t num_logits) {
+    Vec maxima[4] = {};
+    for (int h = 0; h < kHeads; ++h) {
+      const float* logits = logits_.data() + (first + h) * kTileRows;
+      maxima[h] = Vec{} + max_[first + h];
+      for (int64_t i = 0; i < num_logits; i += kLanes) {
+        const Vec x = load<Vec>(logits + i);
+        maxima[h] = x > maxima[h] ? x : maxima[h];  // passes over a NaN; its weight is NaN
+      }
+    }
+    const Vec4 tile_max = max_lanes(maxima);
+    for (int h = 0; h < kHeads; ++h) {
+      float& max = max_[first + h];
+      if (tile_max[h] > max) {
+        const float correction = fast_exp(max - tile_max[h]);
+        float* output = output_.data() + (first + h) * head_size_;
+        for (int64_t d = 0; d < head_size_; ++d) output[d] *= correction;
+        sum_[first + h] *= correction;
+        max = tile_max[h];
+      }
+    }
+    Vec sums[4] = {};
+    for (int h = 0; h < kHeads; ++h) {
+      float* logits = logits_.data() + (first + h) * kTileRows;
+      for (int64_t i = 0; i < num_logits; i += kLanes) {
+        const Vec weight = fast_exp(load<Vec>(logits + i) - max_[first + h]);
+        std::memcpy(logits + i, &weight, sizeof(weight));
+        sums[h] += weight;
+      }
+    }
+    const Vec4 sum = sum_lanes(sums);
+    for (int h = 0; h < kHeads; ++h) sum_[first + h] += sum[h];
   }
 
   const int64_t group_, head_size_;
-  std::vector<float> query_;   // [group, head_size], scaled
-  std::vector<float> row_;     // [head_size]
+  std::vector<float> query_;   // [group, head_size], scaled, in packed order
   std::vector<float> logits_;  // [group, kTileRows]
-  std::vector<float> output_;  // [group, head_size]
+  std::vector<float> output_;  // [group, head_size], in packed order
   std::vector<float> max_, sum_;
-  Entry<T> entries_[kTileRows];
-  int num_entries_ = 0;
+  std::vector<const T*> tokens_;   // rows of K|V
+  std::vector<const T*> means_;    // rows of mean K | mean V
+  std::vector<int32_t> clusters_;  // of each row of means
+  std::vector<float> log_counts_;  // of each row of means
   const float* scores_ = nullptr;
   int64_t score_stride_ = 0;
 };
 
 template <typename T>
-void attend_rows(const SparseDecodeParams& p, const T* page_rows, int64_t begin, int64_t end,
-                 GroupAttention<T>& attention) {
-  for (int64_t row = begin; row < end; ++row) {
-    const T* key = page_rows + row * p.pages.kv_row_stride;
-    attention.add({key, key + p.pages.head_size, 0, 0.0f});
-  }
-}
-
-template <typename T>
 void attend_split(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t split,
                   GroupAttention<T>& attention) {
   const SemanticPages& pages = p.pages;
+  const float* log_count = log_counts();
   const int64_t seq_len = p.rows.seq_lens[req];
   const int64_t num_indexed = num_indexed_pages(seq_len, pages.block_size);
   const int64_t num_pages = seq_len > 0 ? num_indexed + 1 : 0;
@@ -164,7 +212,7 @@ void attend_split(const SparseDecodeParams& p, int64_t req, int64_t head, int64_
     const T* rows = static_cast<const T*>(pages.kv_cache) + block * pages.kv_block_stride +
                     head * pages.kv_head_stride;
     if (page == num_indexed) {  // the tail page has no index
-      attend_rows(p, rows, 0, seq_len - page * pages.block_size, attention);
+      attention.add_tokens(rows, seq_len - page * pages.block_size, pages.kv_row_stride);
       continue;
     }
     const int16_t* ends =
@@ -172,15 +220,14 @@ void attend_split(const SparseDecodeParams& p, int64_t req, int64_t head, int64_
     const T* centroids = static_cast<const T*>(pages.centroids) +
                          block * pages.centroid_block_stride + head * pages.centroid_head_stride;
     int64_t start = page == 0 ? p.num_sink_tokens : 0;
-    attend_rows(p, rows, 0, start, attention);
+    attention.add_tokens(rows, start, pages.kv_row_stride);
     for (int64_t c = 0; c < pages.num_clusters; ++c) {
       const int64_t cluster = page * pages.num_clusters + c, end = ends[c];
       if (selected[cluster]) {
-        attend_rows(p, rows, start, end, attention);
+        attention.add_tokens(rows + start * pages.kv_row_stride, end - start, pages.kv_row_stride);
       } else if (p.tail_estimate && end > start) {
-        const T* mean = centroids + c * pages.centroid_row_stride;
-        attention.add(
-            {nullptr, mean + pages.head_size, cluster, std::log(static_cast<float>(end - start))});
+        attention.add_mean(centroids + c * pages.centroid_row_stride, cluster,
+                           log_count[end - start]);
       }
       start = end;
     }
@@ -208,9 +255,9 @@ void merge_splits(const SparseDecodeParams& p, int64_t req, int64_t head,
   }
   const float inverse = p.rows.seq_lens[req] > 0 ? 1.0f / sum : 0.0f;
   for (int64_t d = 0; d < head_size; ++d) merged[d] *= inverse;
-  store_row(merged.data(),
-            static_cast<T*>(p.output) + req * p.output_row_stride + head * p.output_head_stride,
-            head_size);
+  store_packed(merged.data(),
+               static_cast<T*>(p.output) + req * p.output_row_stride + head * p.output_head_stride,
+               head_size);
 }
 
 template <typename T>
