@@ -4,9 +4,10 @@
 
 Single facts, each hidden once in a few thousand tokens of the Python language
 reference at a known depth, and a question for each through the chat template. One
-engine answers all: a first round, not counted, fills its prefix cache, from which every
-other round takes the prompts' pages and their index, so that only the budget differs.
-"dense" is a budget that covers the context (tests/e2e shows that it is). A smoke test of quality on one tiny model, not an evaluation.
+engine answers all: a first round, not counted, fills its prefix cache, from which
+every other round takes the prompts' pages and their index, so that only the budget
+differs. "dense" is a budget that covers the context (tests/e2e shows that it is). A
+smoke test of quality on one tiny model, not an evaluation.
 
 Writes one row a budget to results/answers_cpu.csv: how many facts the answer held, how
 many of the answers equal dense attention's word for word, and the mean tokens attended
