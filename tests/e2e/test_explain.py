@@ -256,7 +256,7 @@ def test_no_such_layer_or_head(explanation, place, message):
 
 def test_wrong_setting(model_path):
     with (
-        pytest.raises(ValueError, match=r"'token_budget'\] must be .* got 0"),
+        pytest.raises(ValueError, match="clusterkv.token_budget must be .* got 0"),
         load(model_path, token_budget=0),
     ):
         pass
