@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
-// One task clusters, sorts and summarises one page of one KV head. Keys are
-// widened to fp32 once (64 KB at head size 64) and stay in L2 for all rounds.
+// One task clusters, sorts and summarises one page of one KV head. Keys are widened
+// to fp32 once, by row for the means and by dimension for the similarities, and stay
+// in L2 for all rounds (2 x 64 KB at head size 64).
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -15,62 +16,89 @@
 namespace clusterkv::cpu {
 namespace {
 
+constexpr int kStrip = 2;  // vectors of rows that assign takes at once
+constexpr int64_t kStripRows = kStrip * kLanes;
+
 struct Scratch {
-  std::vector<float> keys;        // [rows, head_size]
-  std::vector<float> centroids;   // [num_clusters, head_size]
-  std::vector<float> directions;  // [head_size, num_clusters], centroids / their norms
-  std::vector<float> mean;        // [2 * head_size]
-  std::vector<float> row;         // [2 * head_size]
-  std::vector<int> labels;        // [rows]
-  std::vector<int> counts;        // [num_clusters]
+  int64_t num_rows, padded_rows;   // the latter a multiple of kStripRows
+  std::vector<float> keys;         // [num_rows, head_size]
+  std::vector<float> keys_by_dim;  // [head_size, padded_rows]
+  std::vector<float> centroids;    // [num_clusters, head_size]
+  std::vector<float> directions;   // [head_size, num_clusters], centroids / their norms
+  std::vector<float> values;       // [num_clusters, head_size], means of V
+  std::vector<float> value;        // [head_size]
+  std::vector<int32_t> labels;     // [padded_rows]
+  std::vector<int32_t> counts;     // [num_clusters]
 };
 
-// argmax over clusters of cos(key, centroid); the key's own norm does not matter.
-// Ties go to the lowest cluster.
-template <int kNumClusters>
-void assign(const Scratch& s, int64_t num_rows, int64_t head_size, int* labels) {
-  constexpr int kRows = 4;  // independent accumulators hide the FMA latency
-  for (int64_t row = 0; row < num_rows; row += kRows) {
-    float similarity[kRows][kNumClusters] = {};
-    const float* key[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      key[i] = s.keys.data() + std::min(row + i, num_rows - 1) * head_size;
-    }
-    for (int64_t d = 0; d < head_size; ++d) {
-      const float* direction = s.directions.data() + d * kNumClusters;
-      for (int i = 0; i < kRows; ++i) {
-        const float k = key[i][d];
+inline void add_row(const float* __restrict row, float* __restrict sum, int64_t n) {
 #pragma omp simd
-        for (int c = 0; c < kNumClusters; ++c) similarity[i][c] += k * direction[c];
+  for (int64_t i = 0; i < n; ++i) sum[i] += row[i];
+}
+
+inline void scale_row(float factor, float* row, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) row[i] *= factor;
+}
+
+// labels[row] = argmax over clusters of cos(key, centroid); the key's own norm does
+// not matter. Ties go to the lowest cluster. Returns whether a label changed.
+template <int kNumClusters>
+bool assign(Scratch& s, int64_t head_size) {
+  constexpr int kClusters = 8;  // whose similarities stay in registers
+  VecInts changed = {};
+  for (int64_t row = 0; row < s.padded_rows; row += kStripRows) {
+    Vec best[kStrip];
+    VecInts labels[kStrip];
+    for (int first = 0; first < kNumClusters; first += kClusters) {
+      Vec similarity[kClusters][kStrip];
+      for (int c = 0; c < kClusters; ++c) std::fill_n(similarity[c], kStrip, Vec{});
+      for (int64_t d = 0; d < head_size; ++d) {
+        const float* keys = s.keys_by_dim.data() + d * s.padded_rows + row;
+        const float* directions = s.directions.data() + d * kNumClusters + first;
+        for (int i = 0; i < kStrip; ++i) {
+          const Vec key = load<Vec>(keys + i * kLanes);
+          for (int c = 0; c < kClusters; ++c) similarity[c][i] += directions[c] * key;
+        }
+      }
+      for (int i = 0; i < kStrip; ++i) {
+        if (first == 0) {
+          best[i] = similarity[0][i];
+          labels[i] = VecInts{};
+        }
+        for (int c = 0; c < kClusters; ++c) {
+          const VecInts better = similarity[c][i] > best[i];
+          best[i] = better ? similarity[c][i] : best[i];
+          labels[i] = better ? VecInts{} + (first + c) : labels[i];
+        }
       }
     }
-    for (int i = 0; i < kRows && row + i < num_rows; ++i) {
-      int best = 0;
-      for (int c = 1; c < kNumClusters; ++c) {
-        if (similarity[i][c] > similarity[i][best]) best = c;
-      }
-      labels[row + i] = best;
+    for (int i = 0; i < kStrip; ++i) {
+      int32_t* stored = s.labels.data() + row + i * kLanes;
+      changed |= labels[i] ^ load<VecInts>(stored);
+      std::memcpy(stored, &labels[i], sizeof(labels[i]));
     }
   }
+  bool any = false;
+  for (int i = 0; i < kLanes; ++i) any |= changed[i] != 0;
+  return any;
 }
 
 // Means of the unnormalised keys; an empty cluster keeps its centroid.
-void update(Scratch& s, int64_t num_rows, int64_t head_size, int64_t num_clusters) {
+void update(Scratch& s, int64_t head_size, int64_t num_clusters) {
   std::fill(s.counts.begin(), s.counts.end(), 0);
-  for (int64_t row = 0; row < num_rows; ++row) ++s.counts[s.labels[row]];
+  for (int64_t row = 0; row < s.num_rows; ++row) ++s.counts[s.labels[row]];
   for (int64_t c = 0; c < num_clusters; ++c) {
     if (s.counts[c] > 0) std::fill_n(s.centroids.data() + c * head_size, head_size, 0.0f);
   }
-  for (int64_t row = 0; row < num_rows; ++row) {
-    float* sum = s.centroids.data() + s.labels[row] * head_size;
-    const float* key = s.keys.data() + row * head_size;
-    for (int64_t d = 0; d < head_size; ++d) sum[d] += key[d];
+  for (int64_t row = 0; row < s.num_rows; ++row) {
+    add_row(s.keys.data() + row * head_size, s.centroids.data() + s.labels[row] * head_size,
+            head_size);
   }
   for (int64_t c = 0; c < num_clusters; ++c) {
     if (s.counts[c] == 0) continue;
-    float* centroid = s.centroids.data() + c * head_size;
-    const float inverse = 1.0f / static_cast<float>(s.counts[c]);
-    for (int64_t d = 0; d < head_size; ++d) centroid[d] *= inverse;
+    scale_row(1.0f / static_cast<float>(s.counts[c]), s.centroids.data() + c * head_size,
+              head_size);
   }
 }
 
@@ -85,59 +113,88 @@ void normalise(Scratch& s, int64_t head_size, int64_t num_clusters) {
   }
 }
 
+template <typename T>
+void load_keys(const T* rows, int64_t row_stride, int64_t head_size, Scratch& s) {
+  s.keys.resize(s.num_rows * head_size);
+  s.keys_by_dim.assign(head_size * s.padded_rows, 0.0f);
+  for (int64_t row = 0; row < s.num_rows; ++row) {
+    load_row(rows + row * row_stride, s.keys.data() + row * head_size, head_size);
+  }
+  for (int64_t begin = 0; begin < s.num_rows; begin += kLanes) {  // lines stay in L1
+    const int64_t end = std::min<int64_t>(begin + kLanes, s.num_rows);
+    for (int64_t d = 0; d < head_size; ++d) {
+      float* by_dim = s.keys_by_dim.data() + d * s.padded_rows;
+      for (int64_t row = begin; row < end; ++row) by_dim[row] = s.keys[row * head_size + d];
+    }
+  }
+}
+
+template <int kNumClusters>
+void cluster_keys(int64_t head_size, int64_t num_iters, Scratch& s) {
+  s.centroids.resize(kNumClusters * head_size);
+  s.directions.resize(head_size * kNumClusters);
+  s.labels.assign(s.padded_rows, 0);
+  s.counts.resize(kNumClusters);
+  // Evenly spaced keys start the clusters: deterministic, and neighbours are alike.
+  for (int64_t c = 0; c < kNumClusters; ++c) {
+    const int64_t row = (2 * c + 1) * s.num_rows / (2 * kNumClusters);
+    std::copy_n(s.keys.data() + row * head_size, head_size, s.centroids.data() + c * head_size);
+  }
+  for (int64_t iter = 0; iter < num_iters; ++iter) {
+    normalise(s, head_size, kNumClusters);
+    const bool changed = assign<kNumClusters>(s, head_size);
+    if (iter > 0 && !changed) break;  // every further round would repeat the last
+    update(s, head_size, kNumClusters);
+  }
+}
+
 template <typename T, int kNumClusters>
 void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t num_sinks,
                 int64_t num_iters, Scratch& s, std::vector<T>& sorted) {
   const int64_t head_size = pages.head_size, row_size = 2 * head_size;
   T* rows = static_cast<T*>(pages.kv_cache) + block * pages.kv_block_stride +
             head * pages.kv_head_stride + num_sinks * pages.kv_row_stride;
-  const int64_t num_rows = pages.block_size - num_sinks;
-  s.keys.resize(num_rows * head_size);
-  s.centroids.resize(kNumClusters * head_size);
-  s.directions.resize(head_size * kNumClusters);
-  s.labels.resize(num_rows);
-  s.counts.resize(kNumClusters);
-  for (int64_t row = 0; row < num_rows; ++row) {
-    load_row(rows + row * pages.kv_row_stride, s.keys.data() + row * head_size, head_size);
-  }
-  // Evenly spaced keys start the clusters: deterministic, and neighbours are alike.
-  for (int64_t c = 0; c < kNumClusters; ++c) {
-    const int64_t row = (2 * c + 1) * num_rows / (2 * kNumClusters);
-    std::copy_n(s.keys.data() + row * head_size, head_size, s.centroids.data() + c * head_size);
-  }
-  for (int64_t iter = 0; iter < num_iters; ++iter) {
-    normalise(s, head_size, kNumClusters);
-    assign<kNumClusters>(s, num_rows, head_size, s.labels.data());
-    update(s, num_rows, head_size, kNumClusters);
-  }
+  s.num_rows = pages.block_size - num_sinks;
+  s.padded_rows = (s.num_rows + kStripRows - 1) / kStripRows * kStripRows;
+  load_keys(rows, pages.kv_row_stride, head_size, s);
+  cluster_keys<kNumClusters>(head_size, num_iters, s);
 
-  // Stable counting sort of the rows by cluster, then one mean of K and V each.
   int16_t* ends =
       pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
-  T* centroids = static_cast<T*>(pages.centroids) + block * pages.centroid_block_stride +
-                 head * pages.centroid_head_stride;
-  sorted.resize(num_rows * row_size);
-  s.row.resize(row_size);
-  int64_t next = 0;
+  int64_t next[kNumClusters];  // where a cluster's next row goes
+  int64_t end = 0;
   for (int c = 0; c < kNumClusters; ++c) {
-    s.mean.assign(row_size, 0.0f);
-    for (int64_t row = 0; row < num_rows; ++row) {
-      if (s.labels[row] != c) continue;
-      const T* source = rows + row * pages.kv_row_stride;
-      std::copy_n(source, row_size, sorted.data() + next * row_size);
-      load_row(source, s.row.data(), row_size);
-      for (int64_t d = 0; d < row_size; ++d) s.mean[d] += s.row[d];
-      ++next;
-    }
-    if (s.counts[c] > 0) {
-      const float inverse = 1.0f / static_cast<float>(s.counts[c]);
-      for (int64_t d = 0; d < row_size; ++d) s.mean[d] *= inverse;
-    }
-    store_row(s.mean.data(), centroids + c * pages.centroid_row_stride, row_size);
-    ends[c] = static_cast<int16_t>(num_sinks + next);
+    next[c] = end;
+    end += s.counts[c];
+    ends[c] = static_cast<int16_t>(num_sinks + end);
   }
-  for (int64_t row = 0; row < num_rows; ++row) {
+  // Stable counting sort, and the means of V on the way.
+  sorted.resize(s.num_rows * row_size);
+  s.value.resize(head_size);
+  s.values.assign(kNumClusters * head_size, 0.0f);
+  for (int64_t row = 0; row < s.num_rows; ++row) {
+    const T* source = rows + row * pages.kv_row_stride;
+    const int32_t label = s.labels[row];
+    std::copy_n(source, row_size, sorted.data() + next[label]++ * row_size);
+    load_row(source + head_size, s.value.data(), head_size);
+    add_row(s.value.data(), s.values.data() + label * head_size, head_size);
+  }
+  for (int64_t row = 0; row < s.num_rows; ++row) {
     std::copy_n(sorted.data() + row * row_size, row_size, rows + row * pages.kv_row_stride);
+  }
+  // The centroids of the last round are the means of K, but for empty clusters.
+  T* means = static_cast<T*>(pages.centroids) + block * pages.centroid_block_stride +
+             head * pages.centroid_head_stride;
+  for (int c = 0; c < kNumClusters; ++c) {
+    float* key_mean = s.centroids.data() + c * head_size;
+    float* value_mean = s.values.data() + c * head_size;
+    if (s.counts[c] == 0) {
+      std::fill_n(key_mean, head_size, 0.0f);
+    } else {
+      scale_row(1.0f / static_cast<float>(s.counts[c]), value_mean, head_size);
+    }
+    store_row(key_mean, means + c * pages.centroid_row_stride, head_size);
+    store_row(value_mean, means + c * pages.centroid_row_stride + head_size, head_size);
   }
 }
 

@@ -2,7 +2,7 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
 // One task scores the clusters of kPagesPerTask pages for the query heads of one
-// KV head, so that each centroid is read and widened once for the whole group.
+// KV head, so that each centroid is read and widened once for up to four heads.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -15,6 +15,7 @@ namespace clusterkv::cpu {
 namespace {
 
 constexpr int64_t kPagesPerTask = 8;
+constexpr int64_t kGrain = 1024;  // group * head_size: less is not worth waking a thread
 
 template <typename T>
 void score_clusters_kernel(const ScoreClustersParams& p) {
@@ -24,7 +25,8 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
   const int64_t group = rows.num_heads / pages.num_kv_heads;
   const int64_t chunks = (rows.max_blocks + kPagesPerTask - 1) / kPagesPerTask;
   const int64_t num_tasks = rows.num_reqs * pages.num_kv_heads * chunks;
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (group * head_size));
+  torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> query(group * head_size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks % pages.num_kv_heads;
@@ -46,26 +48,19 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
         return static_cast<const T*>(pages.centroids) + block * pages.centroid_block_stride +
                head * pages.centroid_head_stride;
       };
-      const auto prefetch_page = [&](int64_t page) {
-        const T* centroids = centroids_of(page);
-        for (int64_t c = 0; c < pages.num_clusters; ++c) {
-          prefetch(centroids + c * pages.centroid_row_stride, head_size);
-        }
-      };
-      const int64_t begin_page = chunk * kPagesPerTask;
-      for (int64_t page = begin_page; page < last; ++page) {
+      // Every page is a new place in memory: find all of them before reading any.
+      const int64_t first_page = chunk * kPagesPerTask;
+      for (int64_t page = first_page; page < last; ++page) {
         prefetch(centroids_of(page), 1);
         prefetch(centroids_of(page) + (pages.num_clusters - 1) * pages.centroid_row_stride, 1);
       }
-      for (int i = 0; i < 1; ++i)
-        if (begin_page + i < last) prefetch_page(begin_page + i);
-      for (int64_t page = begin_page; page < last; ++page) {
-        if (page + 1 < last) prefetch_page(page + 1);
+      for (int64_t page = first_page; page < last; ++page) {
         const T* centroids = centroids_of(page);
         for (int64_t c = 0; c < pages.num_clusters; c += kDotRows) {
           const T* keys[kDotRows];
-          for (int i = 0; i < kDotRows; ++i)
+          for (int i = 0; i < kDotRows; ++i) {
             keys[i] = centroids + (c + i) * pages.centroid_row_stride;
+          }
           float* out = scores + page * pages.num_clusters + c;
           for_head_blocks(group, [&](auto heads, int64_t first) {
             dot_rows<decltype(heads)::value>(query.data() + first * head_size, keys, 0, head_size,

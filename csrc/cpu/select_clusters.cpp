@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
-// One task selects for one row and KV head. A heap yields clusters in rank order
-// and stops at the budget, so only the selected ones are ever sorted.
+// One task selects for one row and KV head. Clusters fall into buckets by the leading
+// bits of their weight; buckets are taken whole from the top, and only the one in
+// which the budget ends is sorted.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -15,33 +16,113 @@
 namespace clusterkv::cpu {
 namespace {
 
+constexpr int kBucketBits = 11;  // the exponent and three bits of the mantissa
+constexpr int kBuckets = 1 << kBucketBits;
+constexpr int64_t kGrain = 4096;  // scores: fewer are not worth waking a thread
+
 struct Scratch {
   std::vector<int32_t> counts;   // [clusters] tokens of each cluster
   std::vector<float> exps;       // [clusters]
   std::vector<float> weights;    // [clusters] summed weight a token
-  std::vector<int32_t> by_rank;  // heap of non-empty clusters
+  std::vector<uint64_t> ranked;  // clusters of one bucket: weight bits, then ~cluster
+  int32_t bucket_tokens[kBuckets];
 };
+
+// The bits of a non-negative float ascend with its value.
+inline uint32_t rank_bits(float weight) {
+  return __builtin_bit_cast(uint32_t, weight) & 0x7fffffffu;
+}
+
+inline uint32_t bucket_of(float weight) { return rank_bits(weight) >> (31 - kBucketBits); }
+
+// max of a row's scores, of clusters that are not empty.
+float max_score(const float* row, const int32_t* counts, int64_t num_clusters) {
+  const Vec lowest = Vec{} - std::numeric_limits<float>::infinity();
+  Vec maxima[4] = {lowest, lowest, lowest, lowest};
+  int64_t c = 0;
+  for (; c + kLanes <= num_clusters; c += kLanes) {
+    const Vec score = load<VecInts>(counts + c) > 0 ? load<Vec>(row + c) : lowest;
+    maxima[0] = score > maxima[0] ? score : maxima[0];
+  }
+  float max = max_lanes(maxima)[0];
+  for (; c < num_clusters; ++c) {
+    if (counts[c] > 0) max = std::max(max, row[c]);
+  }
+  return max;
+}
+
+void count_tokens(const SelectClustersParams& p, int64_t req, int64_t head, int64_t num_pages,
+                  int32_t* counts) {
+  const SemanticPages& pages = p.pages;
+  const auto ends_of = [&](int64_t page) {
+    const int64_t block = p.rows.block_table[req * p.rows.block_table_stride + page];
+    return pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
+  };
+  constexpr int64_t kAhead = 16;
+  for (int64_t page = 0; page < std::min(kAhead, num_pages); ++page) {
+    prefetch(ends_of(page), pages.num_clusters);
+  }
+  for (int64_t page = 0; page < num_pages; ++page) {
+    if (page + kAhead < num_pages) prefetch(ends_of(page + kAhead), pages.num_clusters);
+    const int16_t* ends = ends_of(page);
+    int32_t* page_counts = counts + page * pages.num_clusters;
+    page_counts[0] = static_cast<int32_t>(ends[0] - (page == 0 ? p.num_sink_tokens : 0));
+    for (int64_t c = 1; c < pages.num_clusters; ++c) {
+      page_counts[c] = ends[c] - ends[c - 1];
+    }
+  }
+}
 
 // weight[c] = sum over the query heads of softmax(scores + log(count))[c] / count[c]
 void weigh_clusters(const float* scores, int64_t score_stride, int64_t group, int64_t num_clusters,
                     Scratch& s) {
-  s.weights.assign(num_clusters, 0.0f);
-  s.exps.resize(num_clusters);
+  const int32_t* __restrict counts = s.counts.data();
+  float* __restrict exps = s.exps.data();
+  float* __restrict weights = s.weights.data();
+  std::fill_n(weights, num_clusters, 0.0f);
   for (int64_t g = 0; g < group; ++g) {
-    const float* row = scores + g * score_stride;
-    float max = -std::numeric_limits<float>::infinity();
-    for (int64_t c = 0; c < num_clusters; ++c) {
-      if (s.counts[c] > 0) max = std::max(max, row[c]);
-    }
+    const float* __restrict row = scores + g * score_stride;
+    const float max = max_score(row, counts, num_clusters);
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < num_clusters; ++c) {
-      s.exps[c] = s.counts[c] > 0 ? fast_exp(row[c] - max) : 0.0f;
-      sum += s.exps[c] * static_cast<float>(s.counts[c]);
+      const float exp = fast_exp(row[c] - max);
+      exps[c] = counts[c] > 0 ? exp : 0.0f;
+      sum += exps[c] * static_cast<float>(counts[c]);
     }
     const float inverse = 1.0f / sum;
-    for (int64_t c = 0; c < num_clusters; ++c) s.weights[c] += s.exps[c] * inverse;
+#pragma omp simd
+    for (int64_t c = 0; c < num_clusters; ++c) weights[c] += exps[c] * inverse;
   }
+}
+
+// Selects clusters from the top until they hold the budget; returns their tokens.
+int64_t take_best(int64_t num_clusters, int64_t token_budget, Scratch& s, uint8_t* selected) {
+  const int32_t* counts = s.counts.data();
+  const float* weights = s.weights.data();
+  std::fill_n(s.bucket_tokens, kBuckets, 0);
+  for (int64_t c = 0; c < num_clusters; ++c) s.bucket_tokens[bucket_of(weights[c])] += counts[c];
+  int64_t taken = 0;
+  uint32_t last = kBuckets - 1;  // the bucket that reaches the budget
+  while (last > 0 && taken + s.bucket_tokens[last] < token_budget) taken += s.bucket_tokens[last--];
+
+#pragma omp simd
+  for (int64_t c = 0; c < num_clusters; ++c) {
+    selected[c] = bucket_of(weights[c]) > last && counts[c] > 0;
+  }
+  s.ranked.clear();
+  for (int64_t c = 0; c < num_clusters; ++c) {
+    if (bucket_of(weights[c]) != last || counts[c] == 0) continue;
+    s.ranked.push_back(static_cast<uint64_t>(rank_bits(weights[c])) << 32 |
+                       static_cast<uint32_t>(~c));
+  }
+  std::sort(s.ranked.rbegin(), s.ranked.rend());
+  for (size_t i = 0; i < s.ranked.size() && taken < token_budget; ++i) {
+    const int64_t cluster = ~static_cast<uint32_t>(s.ranked[i]);
+    selected[cluster] = 1;
+    taken += counts[cluster];
+  }
+  return taken;
 }
 
 void select_row(const SelectClustersParams& p, int64_t req, int64_t head, Scratch& s) {
@@ -61,36 +142,14 @@ void select_row(const SelectClustersParams& p, int64_t req, int64_t head, Scratc
     *num_attended = static_cast<int32_t>(always + clustered);
     return;
   }
-  std::fill_n(selected, num_clusters, uint8_t{0});
   s.counts.resize(num_clusters);
-  s.by_rank.clear();
-  for (int64_t page = 0; page < num_pages; ++page) {
-    const int64_t block = rows.block_table[req * rows.block_table_stride + page];
-    const int16_t* ends =
-        pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
-    int64_t start = page == 0 ? sinks : 0;
-    for (int64_t c = 0; c < pages.num_clusters; ++c) {
-      const int64_t cluster = page * pages.num_clusters + c;
-      s.counts[cluster] = static_cast<int32_t>(ends[c] - start);
-      if (ends[c] > start) s.by_rank.push_back(static_cast<int32_t>(cluster));
-      start = ends[c];
-    }
-  }
+  s.exps.resize(num_clusters);
+  s.weights.resize(num_clusters);
+  count_tokens(p, req, head, num_pages, s.counts.data());
   const int64_t group = rows.num_heads / pages.num_kv_heads;
   weigh_clusters(p.scores + (req * rows.num_heads + head * group) * p.max_clusters, p.max_clusters,
                  group, num_clusters, s);
-  const auto ranks_below = [&](int32_t a, int32_t b) {
-    return s.weights[a] < s.weights[b] || (s.weights[a] == s.weights[b] && a > b);
-  };
-  std::make_heap(s.by_rank.begin(), s.by_rank.end(), ranks_below);
-  auto heap_end = s.by_rank.end();
-  int64_t taken = 0;
-  while (taken < p.token_budget && heap_end != s.by_rank.begin()) {
-    std::pop_heap(s.by_rank.begin(), heap_end, ranks_below);
-    const int32_t cluster = *--heap_end;
-    selected[cluster] = 1;
-    taken += s.counts[cluster];
-  }
+  const int64_t taken = take_best(num_clusters, p.token_budget, s, selected);
   *num_attended = static_cast<int32_t>(always + taken);
 }
 
@@ -102,7 +161,9 @@ void select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cl
                             num_sink_tokens, token_budget, selected, num_attended);
   const int64_t num_kv_heads = params.pages.num_kv_heads;
   const int64_t num_tasks = params.rows.num_reqs * num_kv_heads;
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t task_scores = params.rows.num_heads / num_kv_heads * params.max_clusters;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(task_scores, 1));
+  torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t task = begin; task < end; ++task) {
       select_row(params, task / num_kv_heads, task % num_kv_heads, scratch);

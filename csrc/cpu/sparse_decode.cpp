@@ -2,9 +2,10 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
 // Split-KV decode attention. One task attends the query heads of one KV head to a
-// contiguous range of pages; the splits are merged by log-sum-exp. Each row of K
-// and V is widened once and shared by the group. Splits depend on the row alone,
-// so results do not depend on the batch or the number of threads.
+// contiguous range of pages; the splits are merged by log-sum-exp. A task first lists
+// its rows and then takes them tile by tile, asking for the next tile while it works
+// on one: selected clusters lie scattered, and no processor guesses where. Splits
+// depend on the row alone, so results do not depend on the batch or the threads.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -19,8 +20,7 @@
 namespace clusterkv::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 32;
-constexpr int64_t kPrefetchRows = 16;
+constexpr int64_t kTileRows = 32;  // two tiles of K and V fit L1 at head size 128
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 // log(count) of every cluster size that a page can have.
@@ -33,8 +33,57 @@ const float* log_counts() {
   return table.data();
 }
 
-// One query group's attention to the rows of a split: first gathered, then attended
-// to in tiles with an online softmax.
+// The rows that one task attends to. Listing a row of the first tile asks for it.
+template <typename T>
+class RowList {
+ public:
+  RowList(int64_t head_size, int64_t max_tokens, int64_t max_means)
+      : head_size_(head_size),
+        tokens_(max_tokens + kTileRows),
+        means_(max_means + kTileRows),
+        clusters_(max_means),
+        log_counts_(max_means) {}
+
+  void clear() { num_tokens_ = num_means_ = 0; }
+
+  void add_tokens(const T* first_row, int64_t num_rows, int64_t row_stride) {
+    for (int64_t i = 0; i < num_rows; ++i) tokens_[num_tokens_ + i] = first_row + i * row_stride;
+    for (int64_t i = 0; i < std::min(num_rows, kTileRows - num_tokens_); ++i) {
+      prefetch(tokens_[num_tokens_ + i], 2 * head_size_);
+    }
+    num_tokens_ += num_rows;
+  }
+
+  void add_mean(const T* row, int64_t cluster, float log_count) {
+    if (num_means_ < kTileRows) prefetch(row + head_size_, head_size_);
+    means_[num_means_] = row;
+    clusters_[num_means_] = static_cast<int32_t>(cluster);
+    log_counts_[num_means_] = log_count;
+    ++num_means_;
+  }
+
+  // Repeats the last rows, so that a tile can look ahead from any of its rows.
+  void pad() {
+    if (num_tokens_ > 0) std::fill_n(&tokens_[num_tokens_], kTileRows, tokens_[num_tokens_ - 1]);
+    if (num_means_ > 0) std::fill_n(&means_[num_means_], kTileRows, means_[num_means_ - 1]);
+  }
+
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_means() const { return num_means_; }
+  const T* const* tokens() const { return tokens_.data(); }       // rows K|V
+  const T* const* means() const { return means_.data(); }         // rows mean K|mean V
+  const int32_t* clusters() const { return clusters_.data(); }    // of each mean
+  const float* log_counts() const { return log_counts_.data(); }  // of each mean
+
+ private:
+  const int64_t head_size_;
+  std::vector<const T*> tokens_, means_;
+  std::vector<int32_t> clusters_;
+  std::vector<float> log_counts_;
+  int64_t num_tokens_ = 0, num_means_ = 0;
+};
+
+// Online softmax of one query group over the tiles of a split.
 template <typename T>
 class GroupAttention {
  public:
@@ -60,31 +109,20 @@ class GroupAttention {
     std::fill(output_.begin(), output_.end(), 0.0f);
     std::fill(max_.begin(), max_.end(), kNegInf);
     std::fill(sum_.begin(), sum_.end(), 0.0f);
-    tokens_.clear();
-    means_.clear();
-    clusters_.clear();
-    log_counts_.clear();
   }
 
-  // Tokens: K|V rows.
-  void add_tokens(const T* first_row, int64_t num_rows, int64_t row_stride) {
-    const size_t size = tokens_.size();
-    tokens_.resize(size + num_rows);
-    for (int64_t i = 0; i < num_rows; ++i) tokens_[size + i] = first_row + i * row_stride;
-  }
-
-  // A cluster left out, by its row of means.
-  void add_mean(const T* row, int64_t cluster, float log_count) {
-    prefetch(row + head_size_, head_size_);
-    means_.push_back(row);
-    clusters_.push_back(static_cast<int32_t>(cluster));
-    log_counts_.push_back(log_count);
+  void attend(RowList<T>& list) {
+    list.pad();
+    for (int64_t row = 0; row < list.num_tokens(); row += kTileRows) {
+      attend_tokens(list.tokens() + row, list.num_tokens() - row);
+    }
+    for (int64_t row = 0; row < list.num_means(); row += kTileRows) {
+      attend_means(list, row);
+    }
   }
 
   // Writes output (unnormalised), max and sum of each head: [head_size + 2] each.
-  void finish(float* partial, int64_t head_stride) {
-    attend_tokens();
-    attend_means();
+  void store(float* partial, int64_t head_stride) const {
     for (int64_t g = 0; g < group_; ++g) {
       float* head = partial + g * head_stride;
       std::copy_n(output_.data() + g * head_size_, head_size_, head);
@@ -94,42 +132,32 @@ class GroupAttention {
   }
 
  private:
-  void attend_tokens() {
-    const int64_t num_tokens = tokens_.size();
-    if (num_tokens == 0) return;
-    tokens_.insert(tokens_.end(), kTileRows, tokens_.back());
-    for (int64_t i = 0; i < std::min(num_tokens, kTileRows); ++i) {
-      prefetch(tokens_[i], 2 * head_size_);
+  // The next tile of `num_left` tokens.
+  void attend_tokens(const T* const* rows, int64_t num_left) {
+    const int64_t num_rows = std::min(kTileRows, num_left);
+    for (int64_t row = 0; row < num_rows; row += kDotRows) {
+      const int64_t ahead = std::min(kTileRows, num_left - row);
+      for_head_blocks(group_, [&](auto heads, int64_t first) {
+        dot_rows<decltype(heads)::value>(query_.data() + first * head_size_, rows + row, ahead,
+                                         head_size_, logits_.data() + first * kTileRows + row,
+                                         kTileRows);
+      });
     }
-    for (int64_t begin = 0; begin < num_tokens; begin += kTileRows) {
-      const int64_t num_rows = std::min(kTileRows, num_tokens - begin);
-      for (int64_t row = 0; row < num_rows; row += kDotRows) {
-        const T* const* rows = tokens_.data() + begin + row;
-        const int64_t ahead = std::min(kTileRows, num_tokens - begin - row);
-        for_head_blocks(group_, [&](auto heads, int64_t first) {
-          dot_rows<decltype(heads)::value>(query_.data() + first * head_size_, rows, ahead,
-                                           head_size_, logits_.data() + first * kTileRows + row,
-                                           kTileRows);
-        });
-      }
-      attend_tile(tokens_.data() + begin, num_rows, std::min(kTileRows, num_tokens - begin));
-    }
+    attend_tile(rows, num_rows, std::min(kTileRows, num_left));
   }
 
-  void attend_means() {
-    const int64_t num_means = means_.size();
-    if (num_means == 0) return;
-    means_.insert(means_.end(), kTileRows, means_.back());
-    for (int64_t begin = 0; begin < num_means; begin += kTileRows) {
-      const int64_t num_rows = std::min(kTileRows, num_means - begin);
-      for (int64_t g = 0; g < group_; ++g) {
-        const float* scores = scores_ + g * score_stride_;
-        for (int64_t i = 0; i < num_rows; ++i) {
-          logits_[g * kTileRows + i] = scores[clusters_[begin + i]] + log_counts_[begin + i];
-        }
-      }
-      attend_tile(means_.data() + begin, num_rows, num_rows);
+  // The tile of means that begins at row `begin`.
+  void attend_means(const RowList<T>& list, int64_t begin) {
+    const int64_t num_left = list.num_means() - begin, num_rows = std::min(kTileRows, num_left);
+    const int32_t* clusters = list.clusters() + begin;
+    const float* log_counts = list.log_counts() + begin;
+    for (int64_t g = 0; g < group_; ++g) {
+      const float* scores = scores_ + g * score_stride_;
+      float* logits = logits_.data() + g * kTileRows;
+#pragma omp simd
+      for (int64_t i = 0; i < num_rows; ++i) logits[i] = scores[clusters[i]] + log_counts[i];
     }
+    attend_tile(list.means() + begin, num_rows, std::min(kTileRows, num_left));
   }
 
   // Adds the values of rows whose logits are set.
@@ -187,32 +215,32 @@ class GroupAttention {
   std::vector<float> logits_;  // [group, kTileRows]
   std::vector<float> output_;  // [group, head_size], in packed order
   std::vector<float> max_, sum_;
-  std::vector<const T*> tokens_;   // rows of K|V
-  std::vector<const T*> means_;    // rows of mean K | mean V
-  std::vector<int32_t> clusters_;  // of each row of means
-  std::vector<float> log_counts_;  // of each row of means
   const float* scores_ = nullptr;
   int64_t score_stride_ = 0;
 };
 
+// Indexed pages and the tail page; a padding row has none.
+int64_t num_row_pages(const SparseDecodeParams& p, int64_t req) {
+  const int64_t seq_len = p.rows.seq_lens[req];
+  if (seq_len <= 0) return 0;
+  return std::min(num_indexed_pages(seq_len, p.pages.block_size) + 1, p.rows.max_blocks);
+}
+
 template <typename T>
-void attend_split(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t split,
-                  GroupAttention<T>& attention) {
+void list_rows(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t first_page,
+               int64_t last_page, RowList<T>& list) {
   const SemanticPages& pages = p.pages;
   const float* log_count = log_counts();
-  const int64_t seq_len = p.rows.seq_lens[req];
+  const int64_t seq_len = p.rows.seq_lens[req], row_stride = pages.kv_row_stride;
   const int64_t num_indexed = num_indexed_pages(seq_len, pages.block_size);
-  const int64_t num_pages = seq_len > 0 ? num_indexed + 1 : 0;
-  const int64_t pages_per_split = (num_pages + p.num_splits - 1) / p.num_splits;
-  const int64_t first = split * pages_per_split;
-  const int64_t last = std::min(first + pages_per_split, num_pages);
   const uint8_t* selected = p.selected + (req * pages.num_kv_heads + head) * p.max_clusters;
-  for (int64_t page = first; page < last; ++page) {
+  list.clear();
+  for (int64_t page = first_page; page < last_page; ++page) {
     const int64_t block = p.rows.block_table[req * p.rows.block_table_stride + page];
     const T* rows = static_cast<const T*>(pages.kv_cache) + block * pages.kv_block_stride +
                     head * pages.kv_head_stride;
     if (page == num_indexed) {  // the tail page has no index
-      attention.add_tokens(rows, seq_len - page * pages.block_size, pages.kv_row_stride);
+      list.add_tokens(rows, seq_len - page * pages.block_size, row_stride);
       continue;
     }
     const int16_t* ends =
@@ -220,14 +248,14 @@ void attend_split(const SparseDecodeParams& p, int64_t req, int64_t head, int64_
     const T* centroids = static_cast<const T*>(pages.centroids) +
                          block * pages.centroid_block_stride + head * pages.centroid_head_stride;
     int64_t start = page == 0 ? p.num_sink_tokens : 0;
-    attention.add_tokens(rows, start, pages.kv_row_stride);
+    list.add_tokens(rows, start, row_stride);
     for (int64_t c = 0; c < pages.num_clusters; ++c) {
-      const int64_t cluster = page * pages.num_clusters + c, end = ends[c];
+      const int64_t cluster = page * pages.num_clusters + c;
+      const int64_t end = std::clamp<int64_t>(ends[c], start, pages.block_size);  // stays in list
       if (selected[cluster]) {
-        attention.add_tokens(rows + start * pages.kv_row_stride, end - start, pages.kv_row_stride);
+        list.add_tokens(rows + start * row_stride, end - start, row_stride);
       } else if (p.tail_estimate && end > start) {
-        attention.add_mean(centroids + c * pages.centroid_row_stride, cluster,
-                           log_count[end - start]);
+        list.add_mean(centroids + c * pages.centroid_row_stride, cluster, log_count[end - start]);
       }
       start = end;
     }
@@ -265,20 +293,26 @@ void sparse_decode_kernel(const SparseDecodeParams& p) {
   const int64_t num_kv_heads = p.pages.num_kv_heads, head_size = p.pages.head_size;
   const int64_t group = p.rows.num_heads / num_kv_heads;
   const int64_t num_tasks = p.rows.num_reqs * num_kv_heads * p.num_splits;
+  const int64_t max_pages = (p.rows.max_blocks + p.num_splits - 1) / p.num_splits;
   torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
     GroupAttention<T> attention(group, head_size);
+    RowList<T> list(head_size, max_pages * p.pages.block_size, max_pages * p.pages.num_clusters);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % p.num_splits, head = task / p.num_splits % num_kv_heads;
       const int64_t req = task / p.num_splits / num_kv_heads;
+      const int64_t pages_per_split = (num_row_pages(p, req) + p.num_splits - 1) / p.num_splits;
+      const int64_t first_page = split * pages_per_split;
+      list_rows(p, req, head, first_page,
+                std::min(first_page + pages_per_split, num_row_pages(p, req)), list);
       attention.reset(p, req, head * group);
-      attend_split(p, req, head, split, attention);
+      attention.attend(list);
       const int64_t first_head = req * p.rows.num_heads + head * group;
-      attention.finish(p.workspace + (first_head * p.num_splits + split) * (head_size + 2),
-                       p.num_splits * (head_size + 2));
+      attention.store(p.workspace + (first_head * p.num_splits + split) * (head_size + 2),
+                      p.num_splits * (head_size + 2));
     }
   });
   torch::stable::parallel_for(
-      0, p.rows.num_reqs * p.rows.num_heads, 16, [&](int64_t begin, int64_t end) {
+      0, p.rows.num_reqs * p.rows.num_heads, 64, [&](int64_t begin, int64_t end) {
         std::vector<float> merged(head_size);
         for (int64_t task = begin; task < end; ++task) {
           merge_splits<T>(p, task / p.rows.num_heads, task % p.rows.num_heads, merged);

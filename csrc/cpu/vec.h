@@ -32,6 +32,7 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t VecBits __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t VecInts __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Vec4 __attribute__((vector_size(4 * sizeof(float))));
 
 // Rows are widened to fp32 in packed order: in every whole block of kBlock elements
@@ -39,6 +40,7 @@ typedef float Vec4 __attribute__((vector_size(4 * sizeof(float))));
 // a shift or a mask. Dot products and weighted sums do not mind the order, as long
 // as both sides have it; store_packed undoes it.
 constexpr int kBlock = 2 * kLanes;
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half is the even element");
 
 inline float widen(float x) { return x; }
 
@@ -167,7 +169,7 @@ inline Vec4 sum_lanes(const Vec (&v)[4]) {
   return fold_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
-// A NaN in b is passed over, one in a is not.
+// For vectors without NaN.
 inline Vec4 max_lanes(const Vec (&v)[4]) {
   return fold_lanes(v, [](auto a, auto b) { return b > a ? b : a; });
 }
