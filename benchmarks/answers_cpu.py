@@ -83,6 +83,7 @@ def main() -> None:
         max_model_len=args.document_tokens + 512,
         enforce_eager=True,
         attention_backend="clusterkv",
+        additional_config={"clusterkv": {"min_sparse_len": 0}},
     )
     context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     impls = [layer.impl for layer in context.values() if hasattr(layer, "impl")]

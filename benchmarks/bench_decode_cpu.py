@@ -6,8 +6,8 @@ Each case is one layer's attention for a batch of decode rows. In one run, on th
 same keys and values, take turns:
 
     sparse    score_clusters + select_clusters + sparse_decode, at each budget
-    dense     sparse_decode alone with every cluster selected: what this package's
-              kernel costs when it attends to everything, nothing added for ranking
+    dense     sparse_decode of dense rows: what this package costs below
+              min_sparse_len, where it attends to everything without an index
     cpu_attn  vLLM's default CPU kernel; its metadata, made once a step and not once
               a layer, is not timed (--no-vllm leaves this side out)
 
@@ -156,9 +156,10 @@ class Semantic:
         max_clusters = case.num_pages * CONFIG.num_clusters
         kv_heads = case.shape.num_kv_heads
         self.seq_lens = torch.full((batch,), case.seq_len, dtype=torch.int32)
+        self.all_sparse = torch.zeros(batch, dtype=torch.int32)
+        self.all_dense = torch.full((batch,), 2**31 - 1, dtype=torch.int32)
         self.scores = torch.zeros(batch, heads, max_clusters)
         self.selected = torch.zeros(batch, kv_heads, max_clusters, dtype=torch.uint8)
-        self.all_selected = torch.ones_like(self.selected)
         self.num_attended = torch.zeros(batch, kv_heads, dtype=torch.int32)
         self.workspace = torch.empty(batch, heads, NUM_SPLITS, size + 2)
         self.output = torch.empty_like(query)
@@ -168,7 +169,7 @@ class Semantic:
 
         def run(layer_idx: int) -> dict[str, float]:
             layer = self.layers[layer_idx]
-            rows = (layer.block_table, self.seq_lens)
+            rows = (layer.block_table, self.seq_lens, self.all_sparse)
             start = time.perf_counter_ns()
             ops.score_clusters(self.query, *layer.index, *rows, self.scale, self.scores)
             scored = time.perf_counter_ns()
@@ -182,7 +183,7 @@ class Semantic:
                 self.num_attended,
             )
             chosen = time.perf_counter_ns()
-            self._attend(layer, self.selected)
+            self._attend(layer, self.all_sparse)
             end = time.perf_counter_ns()
             return {
                 f"score_clusters {token_budget}": (scored - start) / 1e3,
@@ -197,7 +198,7 @@ class Semantic:
         """Times attention to everything."""
         layer = self.layers[layer_idx]
         start = time.perf_counter_ns()
-        self._attend(layer, self.all_selected)
+        self._attend(layer, self.all_dense)
         return {"dense": (time.perf_counter_ns() - start) / 1e3}
 
     def num_attended_tokens(self, token_budget: int) -> float:
@@ -205,14 +206,15 @@ class Semantic:
         self.sparse(token_budget)(0)
         return self.num_attended.float().mean().item()
 
-    def _attend(self, layer: Layer, selected: torch.Tensor) -> None:
+    def _attend(self, layer: Layer, min_sparse_lens: torch.Tensor) -> None:
         ops.sparse_decode(
             self.query,
             *layer.index,
             layer.block_table,
             self.seq_lens,
+            min_sparse_lens,
             self.scores,
-            selected,
+            self.selected,
             self.scale,
             CONFIG.num_sink_tokens,
             CONFIG.tail_estimate,

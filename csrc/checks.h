@@ -10,6 +10,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
+#include <string>
+
 #include "params.h"
 
 namespace clusterkv {
@@ -42,10 +45,32 @@ inline void check_contiguous(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
+struct NamedTensor {
+  const char* name;
+  const Tensor& tensor;
+};
+
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another kind of device";
+}
+
+// Every tensor of a call is on the device of kv_cache: a kernel follows their pointers.
+inline void check_devices(const Tensor& kv_cache, std::initializer_list<NamedTensor> others) {
+  const bool is_cuda = kv_cache.is_cuda();
+  const auto index = kv_cache.get_device_index();
+  for (const NamedTensor& other : others) {
+    const Tensor& t = other.tensor;
+    STD_TORCH_CHECK(t.is_cuda() == is_cuda && t.get_device_index() == index, other.name,
+                    " must be on the device of kv_cache (", device_name(kv_cache), "), got ",
+                    device_name(t));
+  }
+}
+
 inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids,
                                  const Tensor& cluster_ends) {
   check_dim(kv_cache, "kv_cache", 4);
-  check_dim(centroids, "centroids", 4);
+  check_dim(centroids, "centroids", 5);
   check_dim(cluster_ends, "cluster_ends", 3);
   const ScalarType dtype = kv_cache.scalar_type();
   STD_TORCH_CHECK(
@@ -55,7 +80,7 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
   check_dtype(cluster_ends, "cluster_ends", ScalarType::Short);
   const int64_t num_blocks = kv_cache.size(0), num_kv_heads = kv_cache.size(1);
   const int64_t block_size = kv_cache.size(2), row_size = kv_cache.size(3);
-  const int64_t num_clusters = centroids.size(2);
+  const int64_t num_clusters = centroids.size(3);
   STD_TORCH_CHECK(num_kv_heads > 0, "kv_cache.size(1), the KV heads, must be at least 1, got ",
                   num_kv_heads);
   STD_TORCH_CHECK(row_size > 0 && row_size % 2 == 0, "kv_cache.size(3) must be 2 * head_size, got ",
@@ -63,11 +88,12 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
   STD_TORCH_CHECK(block_size > 0 && block_size <= 256,
                   "kv_cache.size(2), the page, must be 1 to 256 tokens, got ", block_size);
   STD_TORCH_CHECK(num_clusters == 8 || num_clusters == 16 || num_clusters == 32,
-                  "centroids.size(2), the clusters a page, must be 8, 16 or 32, got ",
+                  "centroids.size(3), the clusters a page, must be 8, 16 or 32, got ",
                   num_clusters);
   check_size(centroids, "centroids", 0, num_blocks, "num_blocks");
   check_size(centroids, "centroids", 1, num_kv_heads, "num_kv_heads");
-  check_size(centroids, "centroids", 3, row_size, "2 * head_size");
+  check_size(centroids, "centroids", 2, 2, "mean keys and mean values");
+  check_size(centroids, "centroids", 4, row_size / 2, "head_size");
   check_size(cluster_ends, "cluster_ends", 0, num_blocks, "num_blocks");
   check_size(cluster_ends, "cluster_ends", 1, num_kv_heads, "num_kv_heads");
   check_size(cluster_ends, "cluster_ends", 2, num_clusters, "num_clusters");
@@ -83,6 +109,7 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
           centroids.stride(0),
           centroids.stride(1),
           centroids.stride(2),
+          centroids.stride(3),
           cluster_ends.stride(0),
           cluster_ends.stride(1),
           num_blocks,
@@ -93,19 +120,25 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
 }
 
 inline DecodeRows check_rows(const SemanticPages& pages, const Tensor& block_table,
-                             const Tensor& seq_lens, int64_t num_heads) {
+                             const Tensor& seq_lens, const Tensor& min_sparse_lens,
+                             int64_t num_heads) {
   check_dim(block_table, "block_table", 2);
   check_dim(seq_lens, "seq_lens", 1);
+  check_dim(min_sparse_lens, "min_sparse_lens", 1);
   check_dtype(block_table, "block_table", ScalarType::Int);
   check_dtype(seq_lens, "seq_lens", ScalarType::Int);
+  check_dtype(min_sparse_lens, "min_sparse_lens", ScalarType::Int);
   check_size(block_table, "block_table", 0, seq_lens.size(0), "num_reqs");
+  check_size(min_sparse_lens, "min_sparse_lens", 0, seq_lens.size(0), "num_reqs");
   check_dense_rows(block_table, "block_table");
   check_dense_rows(seq_lens, "seq_lens");
+  check_dense_rows(min_sparse_lens, "min_sparse_lens");
   STD_TORCH_CHECK(num_heads > 0 && num_heads % pages.num_kv_heads == 0,
                   "the query's num_heads must be a multiple of num_kv_heads (", pages.num_kv_heads,
                   "), got ", num_heads);
   return {static_cast<const int32_t*>(block_table.data_ptr()),
           static_cast<const int32_t*>(seq_lens.data_ptr()),
+          static_cast<const int32_t*>(min_sparse_lens.data_ptr()),
           block_table.stride(0),
           seq_lens.size(0),
           block_table.size(1),
@@ -136,6 +169,10 @@ inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& 
                                           const Tensor& cluster_ends, const Tensor& block_ids,
                                           const Tensor& num_sink_tokens, int64_t num_iters) {
   IndexPagesParams params{};
+  check_devices(kv_cache, {{"centroids", centroids},
+                           {"cluster_ends", cluster_ends},
+                           {"block_ids", block_ids},
+                           {"num_sink_tokens", num_sink_tokens}});
   params.pages = check_pages(kv_cache, centroids, cluster_ends);
   check_dim(block_ids, "block_ids", 1);
   check_dim(num_sink_tokens, "num_sink_tokens", 1);
@@ -155,11 +192,19 @@ inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& 
 inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tensor& kv_cache,
                                                 const Tensor& centroids, const Tensor& cluster_ends,
                                                 const Tensor& block_table, const Tensor& seq_lens,
-                                                double scale, const Tensor& scores) {
+                                                const Tensor& min_sparse_lens, double scale,
+                                                const Tensor& scores) {
   ScoreClustersParams params{};
+  check_devices(kv_cache, {{"query", query},
+                           {"centroids", centroids},
+                           {"cluster_ends", cluster_ends},
+                           {"block_table", block_table},
+                           {"seq_lens", seq_lens},
+                           {"min_sparse_lens", min_sparse_lens},
+                           {"scores", scores}});
   params.pages = check_pages(kv_cache, centroids, cluster_ends);
   check_query(params.pages, query, kv_cache, "query");
-  params.rows = check_rows(params.pages, block_table, seq_lens, query.size(1));
+  params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     params.pages.num_clusters);
@@ -178,17 +223,23 @@ inline void check_num_sink_tokens(const SemanticPages& pages, int64_t num_sink_t
                   num_sink_tokens);
 }
 
-inline SelectClustersParams check_select_clusters(const Tensor& scores, const Tensor& kv_cache,
-                                                  const Tensor& centroids,
-                                                  const Tensor& cluster_ends,
-                                                  const Tensor& block_table, const Tensor& seq_lens,
-                                                  int64_t num_sink_tokens, int64_t token_budget,
-                                                  const Tensor& selected,
-                                                  const Tensor& num_attended) {
+inline SelectClustersParams check_select_clusters(
+    const Tensor& scores, const Tensor& kv_cache, const Tensor& centroids,
+    const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
+    const Tensor& min_sparse_lens, int64_t num_sink_tokens, int64_t token_budget,
+    const Tensor& selected, const Tensor& num_attended) {
   SelectClustersParams params{};
+  check_devices(kv_cache, {{"scores", scores},
+                           {"centroids", centroids},
+                           {"cluster_ends", cluster_ends},
+                           {"block_table", block_table},
+                           {"seq_lens", seq_lens},
+                           {"min_sparse_lens", min_sparse_lens},
+                           {"selected", selected},
+                           {"num_attended", num_attended}});
   params.pages = check_pages(kv_cache, centroids, cluster_ends);
   check_dim(scores, "scores", 3);
-  params.rows = check_rows(params.pages, block_table, seq_lens, scores.size(1));
+  params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, scores.size(1));
   const int64_t num_clusters = params.pages.num_clusters;
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     num_clusters);
@@ -213,15 +264,25 @@ inline SelectClustersParams check_select_clusters(const Tensor& scores, const Te
 inline SparseDecodeParams check_sparse_decode(const Tensor& query, const Tensor& kv_cache,
                                               const Tensor& centroids, const Tensor& cluster_ends,
                                               const Tensor& block_table, const Tensor& seq_lens,
-                                              const Tensor& scores, const Tensor& selected,
-                                              double scale, int64_t num_sink_tokens,
-                                              bool tail_estimate, const Tensor& workspace,
-                                              const Tensor& output) {
+                                              const Tensor& min_sparse_lens, const Tensor& scores,
+                                              const Tensor& selected, double scale,
+                                              int64_t num_sink_tokens, bool tail_estimate,
+                                              const Tensor& workspace, const Tensor& output) {
   SparseDecodeParams params{};
+  check_devices(kv_cache, {{"query", query},
+                           {"centroids", centroids},
+                           {"cluster_ends", cluster_ends},
+                           {"block_table", block_table},
+                           {"seq_lens", seq_lens},
+                           {"min_sparse_lens", min_sparse_lens},
+                           {"scores", scores},
+                           {"selected", selected},
+                           {"workspace", workspace},
+                           {"output", output}});
   params.pages = check_pages(kv_cache, centroids, cluster_ends);
   check_query(params.pages, query, kv_cache, "query");
   check_query(params.pages, output, kv_cache, "output");
-  params.rows = check_rows(params.pages, block_table, seq_lens, query.size(1));
+  params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
   check_size(output, "output", 0, params.rows.num_reqs, "num_reqs");
   check_size(output, "output", 1, params.rows.num_heads, "num_heads");

@@ -8,18 +8,26 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define CLUSTERKV_HOST_DEVICE __host__ __device__
+#else
+#define CLUSTERKV_HOST_DEVICE
+#endif
+
 namespace clusterkv {
 
 // One layer of the KV cache as semantic pages. `kv_dtype` is bf16, fp16 or fp32.
 struct SemanticPages {
   void* kv_cache;         // [num_blocks, num_kv_heads, block_size, 2 * head_size] kv_dtype; K|V
-  void* centroids;        // [num_blocks, num_kv_heads, num_clusters, 2 * head_size] kv_dtype; means
+  void* centroids;        // [num_blocks, num_kv_heads, 2, num_clusters, head_size] kv_dtype;
+                          // of each head all mean keys, then all mean values
   int16_t* cluster_ends;  // [num_blocks, num_kv_heads, num_clusters]; row after a cluster's last
   int64_t kv_block_stride;
   int64_t kv_head_stride;
   int64_t kv_row_stride;
   int64_t centroid_block_stride;
   int64_t centroid_head_stride;
+  int64_t centroid_value_offset;  // from a mean key to its mean value
   int64_t centroid_row_stride;
   int64_t ends_block_stride;
   int64_t ends_head_stride;
@@ -32,8 +40,9 @@ struct SemanticPages {
 
 // The decode rows of a batch.
 struct DecodeRows {
-  const int32_t* block_table;  // [num_reqs, max_blocks]
-  const int32_t* seq_lens;     // [num_reqs]; tokens including the current one, 0 for padding
+  const int32_t* block_table;      // [num_reqs, max_blocks]
+  const int32_t* seq_lens;         // [num_reqs]; tokens including the current one, 0 for padding
+  const int32_t* min_sparse_lens;  // [num_reqs]; shorter rows are attended densely
   int64_t block_table_stride;
   int64_t num_reqs;
   int64_t max_blocks;
@@ -89,9 +98,14 @@ struct SparseDecodeParams {
   int64_t output_head_stride;
 };
 
-// Pages of a row whose index is valid: all but the one holding the current token.
-inline int64_t num_indexed_pages(int64_t seq_len, int64_t block_size) {
+// Complete pages before the one that holds the current token; a sparse row's are indexed.
+CLUSTERKV_HOST_DEVICE inline int64_t num_indexed_pages(int64_t seq_len, int64_t block_size) {
   return seq_len > 0 ? (seq_len - 1) / block_size : 0;
+}
+
+// Whether a row attends to all its tokens and has no use for the index of its pages.
+CLUSTERKV_HOST_DEVICE inline bool is_dense(int64_t seq_len, int64_t min_sparse_len) {
+  return seq_len < min_sparse_len;
 }
 
 }  // namespace clusterkv

@@ -12,15 +12,17 @@ STABLE_TORCH_LIBRARY(clusterkv, m) {
       "Tensor block_ids, Tensor num_sink_tokens, int num_iters) -> ()");
   m.def(
       "score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
-      "Tensor block_table, Tensor seq_lens, float scale, Tensor(a!) scores) -> ()");
+      "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, float scale, "
+      "Tensor(a!) scores) -> ()");
   m.def(
       "select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
-      "Tensor block_table, Tensor seq_lens, int num_sink_tokens, int token_budget, "
-      "Tensor(a!) selected, Tensor(b!) num_attended) -> ()");
+      "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, int num_sink_tokens, "
+      "int token_budget, Tensor(a!) selected, Tensor(b!) num_attended) -> ()");
   m.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
-      "Tensor block_table, Tensor seq_lens, Tensor scores, Tensor selected, float scale, "
-      "int num_sink_tokens, bool tail_estimate, Tensor(a!) workspace, Tensor(b!) output) -> ()");
+      "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, Tensor scores, "
+      "Tensor selected, float scale, int num_sink_tokens, bool tail_estimate, "
+      "Tensor(a!) workspace, Tensor(b!) output) -> ()");
 }
 
 // Importing the module runs the registrations above; it exports nothing else.

@@ -5,6 +5,8 @@
 import pytest
 import torch
 
+from tests.support import cases
+
 _DEVICES = ["cpu"]
 if torch.cuda.is_available():
     _DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
@@ -14,6 +16,26 @@ if torch.cuda.is_available():
 def device(request) -> str:
     """A device that the ops have kernels for."""
     return request.param
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leaves out what does not exist: CUDA tests without a device, and op cases that
+    CUDA has no kernels for. Their refusal has a test of its own."""
+    dropped = [item for item in items if not _exists(item)]
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=dropped)
+
+
+def _exists(item) -> bool:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return False
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if params.get("device") != "cuda":
+        return True
+    case = params.get("case")
+    dtype = getattr(case, "dtype", params.get("dtype", cases.BF16))
+    head_size = getattr(case, "head_size", params.get("head_size", 64))
+    return dtype in cases.CUDA_DTYPES and head_size in cases.CUDA_HEAD_SIZES
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ def test_defaults(additional_config):
         "num_iters": 8,
         "num_sink_tokens": 16,
         "tail_estimate": True,
+        "min_sparse_len": None,
         "stats_path": None,
     }
 
@@ -37,6 +38,7 @@ def test_defaults(additional_config):
         ("num_iters", [1, 100]),
         ("num_sink_tokens", [0, 128]),
         ("tail_estimate", [True, False]),
+        ("min_sparse_len", [0, 2**30, None]),
         ("stats_path", ["/tmp/stats.jsonl", None]),
     ],
 )
@@ -53,6 +55,25 @@ def test_clusters_a_page(tokens_per_cluster, num_clusters):
 
 
 @pytest.mark.parametrize(
+    ("settings", "crossover", "expected"),
+    [
+        ({}, 2048, 2048),
+        ({}, 0, 1024 + 256 + 1),
+        ({"token_budget": 1}, 0, 257),  # its one page is the tail page
+        ({"token_budget": 239}, 0, 257),
+        ({"token_budget": 240}, 0, 513),  # 240 of the first page, and 16 sinks
+        ({"token_budget": 240, "num_sink_tokens": 0}, 0, 257),
+        ({"token_budget": 4096}, 2048, 4096 + 256 + 1),
+        ({"min_sparse_len": 0}, 2048, 0),
+        ({"min_sparse_len": 5, "token_budget": 4096}, 2048, 5),
+        ({"token_budget": 2**30}, 2048, 2**30 + 256 + 1),
+    ],
+)
+def test_the_shortest_sparse_row(settings, crossover, expected):
+    assert read(**settings).effective_min_sparse_len(crossover) == expected
+
+
+@pytest.mark.parametrize(
     ("name", "expected", "values"),
     [
         (
@@ -64,6 +85,11 @@ def test_clusters_a_page(tokens_per_cluster, num_clusters):
         ("num_sink_tokens", "an integer from 0 to 128", [-1, 129, 16.0, "16", False]),
         ("tokens_per_cluster", "8, 16 or 32", [0, 15, 64, 16.0, "16", True, None]),
         ("tail_estimate", "true or false", [0, 1, "true", None]),
+        (
+            "min_sparse_len",
+            "an integer from 0 to 1073741824 or null",
+            [-1, 2**30 + 1, 2048.0, "2048", True],
+        ),
         ("stats_path", "a file path or null", ["", 1, True, ["a"]]),
     ],
 )

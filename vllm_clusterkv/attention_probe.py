@@ -60,7 +60,8 @@ class HeadAttention:
         error: Norm of the attention output's error against dense, relative.
         best: The largest mass that ``attended`` tokens can carry, the same tokens
             for every query head. Mean over the query heads.
-        clusters: The clusters that have tokens, by page and number.
+        clusters: The clusters that have tokens, by page and number. None if the row
+            was attended to densely (setting ``min_sparse_len``).
         token_mass: [context] fp32. Mass of each token by position. Mean over the
             query heads.
         positions: [context] int64. Position of each cache row, page after page.
@@ -125,7 +126,8 @@ class AttentionProbe:
         context = int(step.seq_lens[0])
         num_kv_heads, num_clusters = step.cluster_ends.shape[1:]
         blocks = step.block_table[0, : (context - 1) // BLOCK_SIZE + 1].long()
-        indexed = blocks[:-1]
+        is_dense = context < int(step.min_sparse_lens[0])
+        indexed = blocks[:0] if is_dense else blocks[:-1]
         labels = _label_rows(step, indexed, context)  # [num_kv_heads, context]
 
         # Dense attention. [num_kv_heads, group, ...], all fp32.
@@ -153,8 +155,8 @@ class AttentionProbe:
         estimates = estimates.masked_fill(selected[:, None], float("-inf"))
         logits = logits.masked_fill(~taken, float("-inf"))
         weights = torch.cat([logits, estimates], -1).softmax(-1)
-        means = step.centroids[indexed].float().transpose(0, 1).flatten(1, 2)
-        mean_value = means[..., value.shape[2] :]
+        # [num_kv_heads, num_row_clusters, head_size]
+        mean_value = step.centroids[indexed, :, 1].float().transpose(0, 1).flatten(1, 2)
         sparse = weights @ torch.cat([value, mean_value], 1)
 
         always = cluster_mass[..., -1]

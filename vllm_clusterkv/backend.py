@@ -95,6 +95,7 @@ class DecodeMetadata:
 
     block_table: torch.Tensor  # [num_decodes, max_blocks] int32
     seq_lens: torch.Tensor  # [num_decodes] int32
+    min_sparse_lens: torch.Tensor  # [num_decodes] int32, shorter rows attend densely
 
 
 @dataclass
@@ -110,7 +111,7 @@ class SemanticPages:
     """One layer's KV cache and the index views behind its pages."""
 
     kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]
-    centroids: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters, 2 * head_size]
+    centroids: torch.Tensor  # [num_blocks, num_kv_heads, 2, num_clusters, head_size]
     cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
 
 
@@ -145,7 +146,7 @@ def decode(
         (num_reqs, num_heads, NUM_SPLITS, head_size + 2), dtype=torch.float32
     )
     index = (pages.kv_cache, pages.centroids, pages.cluster_ends)
-    rows = (metadata.block_table, metadata.seq_lens)
+    rows = (metadata.block_table, metadata.seq_lens, metadata.min_sparse_lens)
     ops.score_clusters(query, *index, *rows, scale, scores)
     ops.select_clusters(
         scores,

@@ -23,6 +23,9 @@ class ClusterKVConfig:
         num_iters: Rounds of k-means when a page is indexed.
         num_sink_tokens: First tokens of a request, always attended to.
         tail_estimate: Whether clusters left out are stood in for by their means.
+        min_sparse_len: Rows with fewer tokens are attended densely. None: the
+            platform's measured crossover, or what ``token_budget`` covers, if that
+            is more.
         stats_path: File that receives one JSON line a decode step with the context
             and the attended tokens of each request; None for no file. For demos and
             debugging.
@@ -33,6 +36,7 @@ class ClusterKVConfig:
     num_iters: int = 8
     num_sink_tokens: int = 16
     tail_estimate: bool = True
+    min_sparse_len: int | None = None
     stats_path: str | None = None
 
     @property
@@ -40,10 +44,25 @@ class ClusterKVConfig:
         """Clusters a page and KV head."""
         return BLOCK_SIZE // self.tokens_per_cluster
 
+    def effective_min_sparse_len(self, crossover: int) -> int:
+        """Tokens from which a row is attended to sparsely.
+
+        Args:
+            crossover: Tokens from which that is faster, as measured for a platform.
+        """
+        if self.min_sparse_len is not None:
+            return self.min_sparse_len
+        # The longest row whose clustered tokens all fit the budget.
+        num_indexed = (self.token_budget + self.num_sink_tokens) // BLOCK_SIZE
+        covered = (num_indexed + 1) * BLOCK_SIZE
+        return max(crossover, covered + 1)
+
     def __post_init__(self) -> None:
         self._check_int("token_budget", 1, 2**30)
         self._check_int("num_iters", 1, 100)
         self._check_int("num_sink_tokens", 0, BLOCK_SIZE // 2)
+        if self.min_sparse_len is not None:
+            self._check_int("min_sparse_len", 0, 2**30, " or null")
         if type(self.tokens_per_cluster) is not int or (
             self.tokens_per_cluster not in (8, 16, 32)
         ):
@@ -55,10 +74,10 @@ class ClusterKVConfig:
         ):
             self._reject("stats_path", "a file path or null")
 
-    def _check_int(self, name: str, low: int, high: int) -> None:
+    def _check_int(self, name: str, low: int, high: int, or_else: str = "") -> None:
         value = getattr(self, name)
         if type(value) is not int or not low <= value <= high:
-            self._reject(name, f"an integer from {low} to {high}")
+            self._reject(name, f"an integer from {low} to {high}{or_else}")
 
     def _reject(self, name: str, expected: str) -> None:
         raise ValueError(

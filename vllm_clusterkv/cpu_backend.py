@@ -40,6 +40,9 @@ from vllm_clusterkv.backend import (
 from vllm_clusterkv.config import ClusterKVConfig
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
+CROSSOVER_LEN = 2048
+"""Tokens from which selecting pays on a CPU."""
+
 # A child of the logger that vLLM configures, so that the line is seen.
 logger = init_logger("vllm.clusterkv")
 
@@ -98,6 +101,7 @@ class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.config = ClusterKVConfig.from_additional_config(
             vllm_config.additional_config
         )
+        self.min_sparse_len = self.config.effective_min_sparse_len(CROSSOVER_LEN)
         self.layout = PageLayout(
             kv_cache_spec.num_kv_heads,
             kv_cache_spec.head_size,
@@ -133,7 +137,9 @@ class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             seq_lens = batch.seq_lens[:num_decodes]
             max_blocks = -(-int(seq_lens.max()) // BLOCK_SIZE)
             decode_metadata = DecodeMetadata(
-                batch.block_table_tensor[:num_decodes, : max(max_blocks, 1)], seq_lens
+                batch.block_table_tensor[:num_decodes, : max(max_blocks, 1)],
+                seq_lens,
+                torch.full_like(seq_lens, self.min_sparse_len),
             )
         return ClusterKVCPUMetadata(
             num_actual_tokens=batch.num_actual_tokens,

@@ -46,7 +46,8 @@ def explain(
             of the answer: prefill, which is dense, computes the first.
         chat: Whether to put the prompt, a text, into the model's chat template.
         max_model_len: Longest context in tokens; None for the model's.
-        **settings: ``ClusterKVConfig``'s, such as ``token_budget``.
+        **settings: ``ClusterKVConfig``'s, such as ``token_budget``. ``min_sparse_len``
+            is 0 by default, so that contexts of every length select.
 
     Raises:
         ValueError: A wrong setting, or a prompt that does not fit ``max_model_len``.
@@ -69,6 +70,7 @@ def load(
     Raises:
         ValueError: A wrong setting, or a model that the backend does not support.
     """
+    settings = {"min_sparse_len": 0, **settings}
     ClusterKVConfig.from_additional_config({"clusterkv": settings})
     # Only an engine in this process calls the observers of this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -75,7 +75,13 @@ class Explanation:
         shown = self.worst(layer, kv_head)
         title = "Largest error" if layer is None and kv_head is None else "Chosen"
         lines = [*self._headline(), "", *self._table(), ""]
-        if not any(head.clusters for head in self.heads):
+        nothing_clustered = not any(head.clusters for head in self.heads)
+        if nothing_clustered and self.heads[-1].context > BLOCK_SIZE:
+            lines.append(
+                "Nothing was selected: contexts shorter than min_sparse_len are "
+                "attended to densely."
+            )
+        elif nothing_clustered:
             lines.append(
                 f"Nothing was selected: a prompt is clustered by pages of {BLOCK_SIZE} "
                 f"tokens, and this one has {self.num_prompt_tokens}. All of it is "

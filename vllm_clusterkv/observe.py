@@ -27,6 +27,7 @@ class DecodeStep:
     cluster_ends: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    min_sparse_lens: torch.Tensor
     scale: float
     scores: torch.Tensor
     selected: torch.Tensor

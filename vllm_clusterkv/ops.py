@@ -9,7 +9,8 @@ results; ``csrc/README.md`` says how each kernel gets there.
 Shapes used throughout:
 
     kv_cache:     [num_blocks, num_kv_heads, block_size, 2 * head_size] bf16|fp16|fp32
-    centroids:    [num_blocks, num_kv_heads, num_clusters, 2 * head_size], as kv_cache
+    centroids:    [num_blocks, num_kv_heads, 2, num_clusters, head_size], as kv_cache.
+                  Of each KV head all mean keys, then all mean values.
     cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16. Cluster ``c`` of a
                   page is its rows ``ends[c-1]`` to ``ends[c] - 1``; the first cluster
                   begins at row 0, or behind the sinks in a request's first page.
@@ -17,13 +18,16 @@ Shapes used throughout:
     seq_lens:     [num_reqs] int32. Tokens including the current one; 0 is a padding
                   row. A row's first ``(seq_len - 1) // block_size`` pages are
                   indexed; the next one is its tail page.
+    min_sparse_lens: [num_reqs] int32. A row with ``seq_len < min_sparse_len`` is
+                  *dense*: it attends to all its tokens, and its pages need no index.
 
 ``max_clusters`` is ``max_blocks * num_clusters``; cluster ``c`` of a row's ``i``-th
-page has index ``i * num_clusters + c``. Entries beyond a row's indexed pages are
-neither read nor written. The last dimension of every tensor is dense.
+page has index ``i * num_clusters + c``. Entries beyond a row's indexed pages, and all
+of a dense row's, are neither read nor written. The last dimension of every tensor is
+dense. All tensors of a call are on one device.
 
-A wrong shape, dtype or stride raises RuntimeError naming the argument, what was
-expected and what came.
+A wrong device, shape, dtype or stride raises RuntimeError naming the argument, what
+was expected and what came.
 """
 
 import importlib
@@ -85,10 +89,11 @@ def score_clusters(
     cluster_ends: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    min_sparse_lens: torch.Tensor,
     scale: float,
     scores: torch.Tensor,
 ) -> None:
-    """Scores every cluster of every row's indexed pages.
+    """Scores every cluster of every sparse row's indexed pages.
 
     ``scores[r, h, c] = scale * query[r, h] . mean_key[c]``, with the means of query
     head ``h``'s KV head.
@@ -101,7 +106,15 @@ def score_clusters(
     Source: ClusterKV (arXiv 2412.03213), selection by inner product.
     """
     torch.ops.clusterkv.score_clusters.default(
-        query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scale, scores
+        query,
+        kv_cache,
+        centroids,
+        cluster_ends,
+        block_table,
+        seq_lens,
+        min_sparse_lens,
+        scale,
+        scores,
     )
 
 
@@ -112,6 +125,7 @@ def select_clusters(
     cluster_ends: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    min_sparse_lens: torch.Tensor,
     num_sink_tokens: int,
     token_budget: int,
     selected: torch.Tensor,
@@ -125,6 +139,7 @@ def select_clusters(
     are taken, so a row may exceed the budget by less than its last cluster. The
     sinks and the tail page are attended to in any case and do not count. If a
     row's clustered tokens fit the budget, all are selected and attention is exact.
+    Of a dense row nothing is selected, and all tokens are attended to.
 
     Args:
         scores: [num_reqs, num_heads, max_clusters] fp32, contiguous; from
@@ -146,6 +161,7 @@ def select_clusters(
         cluster_ends,
         block_table,
         seq_lens,
+        min_sparse_lens,
         num_sink_tokens,
         token_budget,
         selected,
@@ -160,6 +176,7 @@ def sparse_decode(
     cluster_ends: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    min_sparse_lens: torch.Tensor,
     scores: torch.Tensor,
     selected: torch.Tensor,
     scale: float,
@@ -171,9 +188,10 @@ def sparse_decode(
     """Attends each row to its sinks, selected clusters and tail page.
 
     With ``tail_estimate``, every cluster left out is one more row: its mean value,
-    with the logit ``scores[c] + log(count[c])``. All rows share one softmax. The
-    output of a padding row is zero. Deterministic, and independent of the batch
-    for a given number of splits.
+    with the logit ``scores[c] + log(count[c])``. All rows share one softmax. A dense
+    row attends to its first ``seq_len`` rows and nothing else. The output of a padding
+    row is zero. Deterministic, and independent of the batch for a given number of
+    splits.
 
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
@@ -197,6 +215,7 @@ def sparse_decode(
         cluster_ends,
         block_table,
         seq_lens,
+        min_sparse_lens,
         scores,
         selected,
         scale,

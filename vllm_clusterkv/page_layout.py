@@ -3,7 +3,7 @@
 """The byte layout of a semantic page: one vLLM block of one layer with its index.
 
     page  = [ num_kv_heads ][ block_size rows ][ K | V ]    what vLLM's view shows
-    index = [ num_kv_heads ][ num_clusters ][ mean K | mean V ]
+    index = [ num_kv_heads ][ mean K | mean V ][ num_clusters ][ head_size ]
             [ num_kv_heads ][ num_clusters ] int16 cluster ends
     padding to a multiple of 512 bytes
 
@@ -78,7 +78,8 @@ class PageLayout:
                 vLLM's view of a layer, whose block stride includes the padding.
 
         Returns:
-            centroids: [num_blocks, num_kv_heads, num_clusters, 2 * head_size] dtype.
+            centroids: [num_blocks, num_kv_heads, 2, num_clusters, head_size] dtype.
+                Of each head all mean keys, then all mean values.
             cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16.
 
         Raises:
@@ -104,8 +105,20 @@ class PageLayout:
             )
         offset = kv_cache.storage_offset() + self.kv_bytes // self.dtype.itemsize
         centroids = kv_cache.as_strided(
-            (num_blocks, self.num_kv_heads, self.num_clusters, row),
-            (block_stride, self.num_clusters * row, row, 1),
+            (
+                num_blocks,
+                self.num_kv_heads,
+                2,
+                self.num_clusters,
+                self.head_size,
+            ),
+            (
+                block_stride,
+                self.num_clusters * row,
+                self.num_clusters * self.head_size,
+                self.head_size,
+                1,
+            ),
             offset,
         )
         ends_offset = offset * self.dtype.itemsize + self.centroid_bytes

@@ -12,7 +12,7 @@ def index_pages(
     kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters
 ) -> None:
     """See ``ops.index_pages``."""
-    num_clusters = centroids.shape[2]
+    num_clusters = centroids.shape[3]
     head_size = kv_cache.shape[3] // 2
     for block, sinks in zip(block_ids.tolist(), num_sink_tokens.tolist(), strict=True):
         if block < 0:
@@ -23,7 +23,8 @@ def index_pages(
             labels = cluster_keys(keys, num_clusters, num_iters)
             for c in range(num_clusters):
                 members = rows[labels == c]
-                centroids[block, head, c] = members.mean(0) if len(members) else 0
+                mean = members.mean(0) if len(members) else torch.zeros_like(rows[0])
+                centroids[block, head, :, c] = mean.view(2, head_size)
             counts = torch.bincount(labels, minlength=num_clusters)
             cluster_ends[block, head] = sinks + counts.cumsum(0)
             # Last: in fp32, rows and keys are views of the cache.
@@ -57,15 +58,25 @@ def first_argmax(similarity) -> torch.Tensor:
 
 
 def score_clusters(
-    query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scale, scores
+    query,
+    kv_cache,
+    centroids,
+    cluster_ends,
+    block_table,
+    seq_lens,
+    min_sparse_lens,
+    scale,
+    scores,
 ) -> None:
     """See ``ops.score_clusters``."""
     num_reqs, num_heads, head_size = query.shape
     group = num_heads // kv_cache.shape[1]
     for req in range(num_reqs):
+        if seq_lens[req] < min_sparse_lens[req]:
+            continue
         blocks = _indexed_blocks(block_table, seq_lens, req, kv_cache.shape[2])
         for head in range(num_heads):
-            mean_keys = centroids[blocks, head // group, :, :head_size].float()
+            mean_keys = centroids[blocks, head // group, 0].float()
             mean_keys = mean_keys.reshape(-1, head_size)  # [row's clusters, head_size]
             row = scale * (mean_keys @ query[req, head].float())
             scores[req, head, : len(row)] = row
@@ -78,6 +89,7 @@ def select_clusters(
     cluster_ends,
     block_table,
     seq_lens,
+    min_sparse_lens,
     num_sink_tokens,
     token_budget,
     selected,
@@ -88,6 +100,9 @@ def select_clusters(
     num_kv_heads, block_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
     for req in range(num_reqs):
+        if seq_lens[req] < min_sparse_lens[req]:
+            num_attended[req] = seq_lens[req]
+            continue
         blocks = _indexed_blocks(block_table, seq_lens, req, block_size)
         for head in range(num_kv_heads):
             counts = cluster_sizes(cluster_ends[blocks, head], num_sink_tokens)
@@ -131,6 +146,7 @@ def sparse_decode(
     cluster_ends,
     block_table,
     seq_lens,
+    min_sparse_lens,
     scores,
     selected,
     scale,
@@ -143,12 +159,13 @@ def sparse_decode(
     num_reqs, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    num_clusters = centroids.shape[2]
+    num_clusters = centroids.shape[3]
     for req in range(num_reqs):
         seq_len = int(seq_lens[req])
         if seq_len == 0:
             output[req] = 0
             continue
+        is_dense = seq_len < int(min_sparse_lens[req])
         blocks = _indexed_blocks(block_table, seq_lens, req, block_size)
         tail_block = int(block_table[req, len(blocks)])
         for head in range(num_heads):
@@ -162,6 +179,9 @@ def sparse_decode(
                 values.append(rows[:, head_size:].float())
 
             for i, block in enumerate(blocks):
+                if is_dense:
+                    attend(kv_cache[block, kv_head])
+                    continue
                 start = num_sink_tokens if i == 0 else 0
                 attend(kv_cache[block, kv_head, :start])
                 for c in range(num_clusters):
@@ -173,7 +193,7 @@ def sparse_decode(
                     elif tail_estimate and count > 0:
                         log_count = torch.log(torch.tensor(float(count)))
                         logits.append(scores[req, head, cluster, None] + log_count)
-                        mean_value = centroids[block, kv_head, c, head_size:]
+                        mean_value = centroids[block, kv_head, 1, c]
                         values.append(mean_value.float()[None])
                     start = end
             tail_rows = seq_len - len(blocks) * block_size

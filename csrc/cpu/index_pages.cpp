@@ -193,8 +193,9 @@ void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t
     } else {
       scale_row(1.0f / static_cast<float>(s.counts[c]), value_mean, head_size);
     }
-    store_row(key_mean, means + c * pages.centroid_row_stride, head_size);
-    store_row(value_mean, means + c * pages.centroid_row_stride + head_size, head_size);
+    T* stored = means + c * pages.centroid_row_stride;
+    store_row(key_mean, stored, head_size);
+    store_row(value_mean, stored + pages.centroid_value_offset, head_size);
   }
 }
 

@@ -31,7 +31,9 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks % pages.num_kv_heads;
       const int64_t req = task / chunks / pages.num_kv_heads;
-      const int64_t num_pages = num_indexed_pages(rows.seq_lens[req], pages.block_size);
+      const int64_t seq_len = rows.seq_lens[req];
+      if (is_dense(seq_len, rows.min_sparse_lens[req])) continue;
+      const int64_t num_pages = num_indexed_pages(seq_len, pages.block_size);
       const int64_t last = std::min((chunk + 1) * kPagesPerTask, num_pages);
       if (chunk * kPagesPerTask >= last) continue;
       const int64_t first_head = head * group;
@@ -73,9 +75,11 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
 }
 
 void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
-                    Tensor block_table, Tensor seq_lens, double scale, Tensor scores) {
-  const ScoreClustersParams params = check_score_clusters(query, kv_cache, centroids, cluster_ends,
-                                                          block_table, seq_lens, scale, scores);
+                    Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, double scale,
+                    Tensor scores) {
+  const ScoreClustersParams params =
+      check_score_clusters(query, kv_cache, centroids, cluster_ends, block_table, seq_lens,
+                           min_sparse_lens, scale, scores);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
                               score_clusters_kernel<scalar_t>(params));
 }

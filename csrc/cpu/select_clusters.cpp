@@ -133,6 +133,10 @@ void select_row(const SelectClustersParams& p, int64_t req, int64_t head, Scratc
   const int64_t num_clusters = num_pages * pages.num_clusters;
   uint8_t* selected = p.selected + (req * pages.num_kv_heads + head) * p.max_clusters;
   int32_t* num_attended = p.num_attended + req * pages.num_kv_heads + head;
+  if (is_dense(seq_len, rows.min_sparse_lens[req])) {
+    *num_attended = static_cast<int32_t>(seq_len);
+    return;
+  }
   const int64_t sinks = num_pages > 0 ? p.num_sink_tokens : 0;
   const int64_t clustered = num_pages * pages.block_size - sinks;
   const int64_t always = std::max<int64_t>(seq_len - clustered, 0);  // sinks and tail page
@@ -154,11 +158,12 @@ void select_row(const SelectClustersParams& p, int64_t req, int64_t head, Scratc
 }
 
 void select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
-                     Tensor block_table, Tensor seq_lens, int64_t num_sink_tokens,
-                     int64_t token_budget, Tensor selected, Tensor num_attended) {
+                     Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
+                     int64_t num_sink_tokens, int64_t token_budget, Tensor selected,
+                     Tensor num_attended) {
   const SelectClustersParams params =
       check_select_clusters(scores, kv_cache, centroids, cluster_ends, block_table, seq_lens,
-                            num_sink_tokens, token_budget, selected, num_attended);
+                            min_sparse_lens, num_sink_tokens, token_budget, selected, num_attended);
   const int64_t num_kv_heads = params.pages.num_kv_heads;
   const int64_t num_tasks = params.rows.num_reqs * num_kv_heads;
   const int64_t task_scores = params.rows.num_heads / num_kv_heads * params.max_clusters;

@@ -54,9 +54,9 @@ class RowList {
     num_tokens_ += num_rows;
   }
 
-  void add_mean(const T* row, int64_t cluster, float log_count) {
-    if (num_means_ < kTileRows) prefetch(row + head_size_, head_size_);
-    means_[num_means_] = row;
+  void add_mean(const T* value, int64_t cluster, float log_count) {
+    if (num_means_ < kTileRows) prefetch(value, head_size_);
+    means_[num_means_] = value;
     clusters_[num_means_] = static_cast<int32_t>(cluster);
     log_counts_[num_means_] = log_count;
     ++num_means_;
@@ -71,7 +71,7 @@ class RowList {
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_means() const { return num_means_; }
   const T* const* tokens() const { return tokens_.data(); }       // rows K|V
-  const T* const* means() const { return means_.data(); }         // rows mean K|mean V
+  const T* const* means() const { return means_.data(); }         // mean V
   const int32_t* clusters() const { return clusters_.data(); }    // of each mean
   const float* log_counts() const { return log_counts_.data(); }  // of each mean
 
@@ -143,7 +143,7 @@ class GroupAttention {
                                          kTileRows);
       });
     }
-    attend_tile(rows, num_rows, std::min(kTileRows, num_left));
+    attend_tile(rows, head_size_, num_rows, std::min(kTileRows, num_left));
   }
 
   // The tile of means that begins at row `begin`.
@@ -157,11 +157,11 @@ class GroupAttention {
 #pragma omp simd
       for (int64_t i = 0; i < num_rows; ++i) logits[i] = scores[clusters[i]] + log_counts[i];
     }
-    attend_tile(list.means() + begin, num_rows, std::min(kTileRows, num_left));
+    attend_tile(list.means() + begin, 0, num_rows, std::min(kTileRows, num_left));
   }
 
-  // Adds the values of rows whose logits are set.
-  void attend_tile(const T* const* rows, int64_t num_rows, int64_t ahead) {
+  // Adds the values, `value_offset` into each row, of rows whose logits are set.
+  void attend_tile(const T* const* rows, int64_t value_offset, int64_t num_rows, int64_t ahead) {
     const int64_t padded = (num_rows + kLanes - 1) / kLanes * kLanes;
     for (int64_t g = 0; g < group_; ++g) {
       std::fill_n(logits_.data() + g * kTileRows + num_rows, padded - num_rows, kNegInf);
@@ -170,7 +170,8 @@ class GroupAttention {
       constexpr int kHeads = decltype(heads)::value;
       weigh_tile<kHeads>(first, padded);
       add_weighted_rows<kHeads>(logits_.data() + first * kTileRows, kTileRows, rows, num_rows,
-                                ahead, head_size_, head_size_, output_.data() + first * head_size_);
+                                ahead, value_offset, head_size_,
+                                output_.data() + first * head_size_);
     });
   }
 
@@ -233,20 +234,23 @@ void list_rows(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t f
   const float* log_count = log_counts();
   const int64_t seq_len = p.rows.seq_lens[req], row_stride = pages.kv_row_stride;
   const int64_t num_indexed = num_indexed_pages(seq_len, pages.block_size);
+  const bool dense = is_dense(seq_len, p.rows.min_sparse_lens[req]);
   const uint8_t* selected = p.selected + (req * pages.num_kv_heads + head) * p.max_clusters;
   list.clear();
   for (int64_t page = first_page; page < last_page; ++page) {
     const int64_t block = p.rows.block_table[req * p.rows.block_table_stride + page];
     const T* rows = static_cast<const T*>(pages.kv_cache) + block * pages.kv_block_stride +
                     head * pages.kv_head_stride;
-    if (page == num_indexed) {  // the tail page has no index
-      list.add_tokens(rows, seq_len - page * pages.block_size, row_stride);
+    if (dense || page == num_indexed) {  // the tail page has no index
+      const int64_t num_left = seq_len - page * pages.block_size;
+      list.add_tokens(rows, std::min(num_left, pages.block_size), row_stride);
       continue;
     }
     const int16_t* ends =
         pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
-    const T* centroids = static_cast<const T*>(pages.centroids) +
-                         block * pages.centroid_block_stride + head * pages.centroid_head_stride;
+    const T* mean_values = static_cast<const T*>(pages.centroids) +
+                           block * pages.centroid_block_stride + head * pages.centroid_head_stride +
+                           pages.centroid_value_offset;
     int64_t start = page == 0 ? p.num_sink_tokens : 0;
     list.add_tokens(rows, start, row_stride);
     for (int64_t c = 0; c < pages.num_clusters; ++c) {
@@ -255,7 +259,7 @@ void list_rows(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t f
       if (selected[cluster]) {
         list.add_tokens(rows + start * row_stride, end - start, row_stride);
       } else if (p.tail_estimate && end > start) {
-        list.add_mean(centroids + c * pages.centroid_row_stride, cluster, log_count[end - start]);
+        list.add_mean(mean_values + c * pages.centroid_row_stride, cluster, log_count[end - start]);
       }
       start = end;
     }
@@ -321,12 +325,12 @@ void sparse_decode_kernel(const SparseDecodeParams& p) {
 }
 
 void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
-                   Tensor block_table, Tensor seq_lens, Tensor scores, Tensor selected,
-                   double scale, int64_t num_sink_tokens, bool tail_estimate, Tensor workspace,
-                   Tensor output) {
-  const SparseDecodeParams params =
-      check_sparse_decode(query, kv_cache, centroids, cluster_ends, block_table, seq_lens, scores,
-                          selected, scale, num_sink_tokens, tail_estimate, workspace, output);
+                   Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, Tensor scores,
+                   Tensor selected, double scale, int64_t num_sink_tokens, bool tail_estimate,
+                   Tensor workspace, Tensor output) {
+  const SparseDecodeParams params = check_sparse_decode(
+      query, kv_cache, centroids, cluster_ends, block_table, seq_lens, min_sparse_lens, scores,
+      selected, scale, num_sink_tokens, tail_estimate, workspace, output);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "sparse_decode",
                               sparse_decode_kernel<scalar_t>(params));
 }

@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 """With a budget that covers the context, tokens equal those of vLLM's own backend.
 
+Once with every row sparse and everything selected, once by default, where such rows
+are attended to densely.
+
 The engine under test schedules as unlike the dense one as it can: chunks of 600
 tokens that end inside pages, decode rows beside prefill rows, and a KV cache whose
 every byte, index and padding included, is NaN before the first request.
@@ -23,12 +26,16 @@ from tests.support.engine import (
 from vllm_clusterkv import cpu_backend
 
 
-@pytest.fixture(scope="module")
-def llm(model_path, expected):
+@pytest.fixture(
+    scope="module",
+    params=[{"min_sparse_len": 0}, {}, {"min_sparse_len": 700}],
+    ids=["sparse", "dense", "mixed"],
+)
+def llm(model_path, expected, request):
     with engine(
         model_path,
         max_num_batched_tokens=600,
-        **clusterkv(token_budget=4096),
+        **clusterkv(token_budget=4096, **request.param),
     ) as llm:
         poison(llm)
         yield llm

@@ -24,7 +24,7 @@ def test_preemption_and_recomputation(model_path, prompts, expected):
         model_path,
         max_model_len=1024,
         num_gpu_blocks_override=9,
-        **clusterkv(token_budget=1024),
+        **clusterkv(token_budget=1024, min_sparse_len=0),
     ) as llm:
         assert_equal(generate(llm, prompts["crowd"], NUM_TOKENS), expected["crowd"])
         preemptions = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
@@ -38,7 +38,7 @@ def test_twins_resumed_in_the_step_that_fills_their_page(model_path, text_ids):
     its page again; the second hits it in the prefix cache at once and has one token
     left, which makes it a decode row.
     """
-    budgets = {"dense": {}, "sparse": clusterkv(token_budget=1024)}
+    budgets = {"dense": {}, "sparse": clusterkv(token_budget=1024, min_sparse_len=0)}
     answers = {}
     for name, backend in budgets.items():
         with engine(

@@ -23,7 +23,7 @@ def llm(model_path, stats_path):
     with engine(
         model_path,
         dtype="bfloat16",
-        **clusterkv(token_budget=BUDGET, stats_path=str(stats_path)),
+        **clusterkv(token_budget=BUDGET, min_sparse_len=0, stats_path=str(stats_path)),
     ) as llm:
         yield llm
 

@@ -65,6 +65,6 @@ def test_two_ranks_equal_one_dense_rank(random_llama, monkeypatch):
     sharded = run(
         random_llama,
         tensor_parallel_size=2,
-        **clusterkv(token_budget=1024),
+        **clusterkv(token_budget=1024, min_sparse_len=0),
     )
     assert_equal(sharded, dense)

@@ -34,10 +34,9 @@ def test_scores_match_the_reference(case, device):
 def scores_by_einsum(inputs):
     """The scores in fp32, summed in PyTorch's order."""
     scores = inputs.score_args()["scores"]
-    head_size = inputs.query.shape[2]
     for req in range(len(scores)):
         blocks = inputs.block_table[req, : inputs.num_indexed(req)]
-        means = inputs.pages.centroids[blocks, ..., :head_size].float()
+        means = inputs.pages.centroids[blocks, :, 0].float()
         query = inputs.query[req].float().unflatten(0, (means.shape[1], -1))
         row = torch.einsum("hgd,phcd->hgpc", query, means).flatten(2).flatten(0, 1)
         scores[req, :, : inputs.num_live(req)] = inputs.scale * row
@@ -68,19 +67,21 @@ def test_every_finite_16_bit_value_is_read_exactly(dtype, device):
     means[: int(usable.sum())] = every[usable]
     means = means.view(num_pages, 1, 16, 64)
     pages = Pages.poisoned(layout, num_pages + 1)
-    pages.centroids[:num_pages, ..., :64] = means
+    pages.centroids[:num_pages, :, 0] = means
     pages = pages.to(device)
-    scores = torch.empty(1, 64, (num_pages + 1) * 16, device=device)
+    scores = torch.empty(4, 16, (num_pages + 1) * 16, device=device)
     ops.score_clusters(
-        query=torch.eye(64, dtype=dtype, device=device)[None],
+        query=torch.eye(64, dtype=dtype, device=device).view(4, 16, 64),
         **pages.args(),
-        block_table=torch.arange(num_pages + 1, device=device).int()[None],
-        seq_lens=torch.tensor([num_pages * 256 + 1], device=device).int(),
+        block_table=torch.arange(num_pages + 1, device=device).int().repeat(4, 1),
+        seq_lens=torch.full((4,), num_pages * 256 + 1, device=device).int(),
+        min_sparse_lens=torch.zeros(4, dtype=torch.int32, device=device),
         scale=1.0,
         scores=scores,
     )
     expected = means.float().view(-1, 64).T
-    assert torch.equal(scores[0, :, : expected.shape[1]].cpu(), expected)
+    scores = scores.flatten(0, 1).cpu()
+    assert torch.equal(scores[:, : expected.shape[1]], expected)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -89,7 +90,7 @@ def test_infinities_and_nans_reach_the_scores(dtype, device):
     inputs = make_decode_inputs(cases.DecodeCase((257,), dtype, num_kv_heads=1))
     inputs.query.fill_(1)
     block = inputs.block_table[0, 0]
-    inputs.pages.centroids[block, 0, :4, :2] = torch.tensor(
+    inputs.pages.centroids[block, 0, 0, :4, :2] = torch.tensor(
         [[inf, 1], [-inf, 1], [nan, 1], [inf, -inf]], dtype=dtype
     )
     scores = inputs.to(device).score(ops)[0, 0].cpu()

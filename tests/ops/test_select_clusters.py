@@ -153,6 +153,19 @@ def test_nan_scores_select_something_within_bounds(device):
         assert (selected[req, :, live:] == UNTOUCHED).all()
 
 
+def test_dense_rows_attend_to_everything_and_select_nothing(device):
+    inputs = make_decode_inputs(
+        cases.DecodeCase((700, 700, 0, 513), min_sparse_lens=(701, 700, 1, 2**30))
+    )
+    scores = inputs.score(reference)
+    assert (scores[[0, 2, 3]] == float("inf")).all()
+    selected, num_attended = inputs.to(device).select(ops, scores, 100)
+    assert num_attended[:, 0].tolist()[::2] == [700, 0]
+    assert num_attended[3].tolist() == [513, 513]
+    assert (num_attended[1] < 700).all()
+    assert (selected[[0, 2, 3]] == UNTOUCHED).all()
+
+
 def test_a_row_does_not_depend_on_its_batch(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 0, 257, 600))).to(device)
     scores = inputs.score(ops)

@@ -46,15 +46,14 @@ def sparse_attention(
                 clustered = slice(sinks, num_indexed * BLOCK_SIZE)
                 keep[clustered] = chosen.repeat_interleave(sizes)
             left_out = ~chosen & (sizes > 0) & tail_estimate
-            means = inputs.pages.centroids[blocks, kv_head].flatten(0, 1)[left_out]
+            mean_values = inputs.pages.centroids[blocks, kv_head, 1].flatten(0, 1)
             heads = slice(kv_head * group, (kv_head + 1) * group)
             estimates = scores[req, heads, :num_live][:, left_out]
             estimates = estimates + torch.log(sizes[left_out])
-            keys = tokens[keep, :head_size]
+            keys, values = tokens[keep].split(head_size, dim=1)
             logits = inputs.scale * (inputs.query[req, heads] @ keys.T)
             weights = torch.cat([logits, estimates.to(dtype)], 1).softmax(1)
-            values = torch.cat([tokens[keep], means])[:, head_size:]
-            output[req, heads] = weights @ values
+            output[req, heads] = weights @ torch.cat([values, mean_values[left_out]])
     return output
 
 
@@ -63,6 +62,6 @@ def _rows_of_requests(inputs: DecodeInputs):
     kv_cache = inputs.pages.kv_cache
     for req, seq_len in enumerate(inputs.seq_lens.tolist()):
         if seq_len:
-            blocks = inputs.block_table[req, : inputs.num_indexed(req) + 1]
+            blocks = inputs.block_table[req, : inputs.num_pages(req)]
             pages = kv_cache[blocks].transpose(0, 1)  # [heads, pages, rows, row]
             yield req, pages.flatten(1, 2)[:, :seq_len]

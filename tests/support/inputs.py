@@ -24,7 +24,7 @@ class Pages:
     layout: PageLayout
     buffer: torch.Tensor  # [num_blocks * page_bytes] int8
     kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]
-    centroids: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters, 2 * head_size]
+    centroids: torch.Tensor  # [num_blocks, num_kv_heads, 2, num_clusters, head_size]
     cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
 
     @classmethod
@@ -66,7 +66,8 @@ class Pages:
         counts = members.sum(1)  # [num_kv_heads, num_clusters]
         rows = self.kv_cache[block, :, num_sinks:].float()
         sums = members.transpose(1, 2).float() @ rows
-        self.centroids[block] = sums / counts.clamp(min=1)[..., None]
+        means = sums / counts.clamp(min=1)[..., None]
+        self.centroids[block] = means.unflatten(2, (2, -1)).transpose(1, 2)
         self.cluster_ends[block] = num_sinks + counts.cumsum(1)
 
 
@@ -83,6 +84,7 @@ class DecodeInputs:
     query: torch.Tensor  # [num_reqs, num_heads, head_size]
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32
     seq_lens: torch.Tensor  # [num_reqs] int32
+    min_sparse_lens: torch.Tensor  # [num_reqs] int32
     scale: float
     num_sink_tokens: int
 
@@ -93,6 +95,7 @@ class DecodeInputs:
             with_gaps(self.query.to(device)),
             with_gaps(self.block_table.to(device)),
             self.seq_lens.to(device, copy=True),
+            self.min_sparse_lens.to(device, copy=True),
             self.scale,
             self.num_sink_tokens,
         )
@@ -105,12 +108,20 @@ class DecodeInputs:
             self.query[rows],
             self.block_table[rows],
             self.seq_lens[rows],
+            self.min_sparse_lens[rows],
             self.scale,
             self.num_sink_tokens,
         )
 
+    def num_pages(self, req: int) -> int:
+        return -(-int(self.seq_lens[req]) // BLOCK_SIZE)
+
+    def is_dense(self, req: int) -> bool:
+        return bool(self.seq_lens[req] < self.min_sparse_lens[req])
+
     def num_indexed(self, req: int) -> int:
-        return max(int(self.seq_lens[req]) - 1, 0) // BLOCK_SIZE
+        """Pages of a row whose index the ops read: none of a dense row's."""
+        return 0 if self.is_dense(req) else max(self.num_pages(req) - 1, 0)
 
     def num_live(self, req: int) -> int:
         """Clusters of a row's indexed pages: entries beyond stay untouched."""
@@ -121,6 +132,7 @@ class DecodeInputs:
             **self.pages.args(),
             "block_table": self.block_table,
             "seq_lens": self.seq_lens,
+            "min_sparse_lens": self.min_sparse_lens,
         }
 
     def _per_cluster(self, num_heads: int, fill, dtype) -> torch.Tensor:
@@ -199,7 +211,8 @@ def make_decode_inputs(case, seed: int = 0) -> DecodeInputs:
     """A batch whose pages carry a correct index, with empty clusters in it.
 
     The clusters are drawn, not found by ``index_pages``: keys scatter around one
-    direction a cluster, so scores differ as they do in practice.
+    direction a cluster, so scores differ as they do in practice. Pages of dense rows
+    have no index but poison.
     """
     generator = torch.Generator().manual_seed(seed)
     layout = PageLayout(
@@ -209,6 +222,7 @@ def make_decode_inputs(case, seed: int = 0) -> DecodeInputs:
         case.dtype,
     )
     pages_per_row = [-(-seq_len // BLOCK_SIZE) for seq_len in case.seq_lens]
+    min_sparse_lens = case.min_sparse_lens or (0,) * len(case.seq_lens)
     pages = Pages.poisoned(layout, sum(pages_per_row) + 2)
     blocks = torch.randperm(sum(pages_per_row) + 2, generator=generator).tolist()
     unused = blocks.pop()
@@ -218,7 +232,8 @@ def make_decode_inputs(case, seed: int = 0) -> DecodeInputs:
         for i in range(pages_per_row[req]):
             block = block_table[req, i] = blocks.pop()
             num_rows = min(seq_len - i * BLOCK_SIZE, BLOCK_SIZE)
-            if i < (seq_len - 1) // BLOCK_SIZE:
+            is_sparse = seq_len >= min_sparse_lens[req]
+            if is_sparse and i < (seq_len - 1) // BLOCK_SIZE:
                 sinks = case.num_sink_tokens if i == 0 else 0
                 fill_indexed_page(pages, int(block), sinks, generator)
             else:
@@ -227,10 +242,14 @@ def make_decode_inputs(case, seed: int = 0) -> DecodeInputs:
                 pages.kv_cache[block, :, :num_rows] = rows.to(case.dtype)
     shape = (num_reqs, case.num_kv_heads * case.group, case.head_size)
     query = torch.randn(shape, generator=generator).to(case.dtype)
-    seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32)
-    scale = case.head_size**-0.5
     return DecodeInputs(
-        pages, query, block_table, seq_lens, scale, case.num_sink_tokens
+        pages,
+        query,
+        block_table,
+        torch.tensor(case.seq_lens, dtype=torch.int32),
+        torch.tensor(min_sparse_lens, dtype=torch.int32),
+        case.head_size**-0.5,
+        case.num_sink_tokens,
     )
 
 
