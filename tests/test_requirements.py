@@ -7,14 +7,16 @@ model's config.json; no weights are loaded.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 import vllm_clusterkv
-from vllm_clusterkv import requirements
+from vllm_clusterkv import ops, requirements
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -108,6 +110,11 @@ def test_refused_at_start_up(create_config, engine_args, message):
         create_config(**engine_args)
 
 
+def test_microbatching_is_refused(create_config):
+    with pytest.raises(ValueError, match="--enable-dbo and --ubatch-size are not"):
+        create_config(ubatch_size=2)
+
+
 def test_decode_context_parallelism_is_refused(create_config):
     with pytest.raises(ValueError, match="--decode-context-parallel-size must be 1"):
         create_config(tensor_parallel_size=2, decode_context_parallel_size=2)
@@ -144,14 +151,97 @@ def test_layer_is_refused(change, message):
         requirements.check_layer(PLAIN_LAYER._replace(**change))
 
 
-def test_unsupported_vllm_version_is_refused(create_config, monkeypatch):
-    monkeypatch.setattr(requirements, "version", lambda name: "0.34.1")
-    with pytest.raises(ValueError, match="at least 0.32 and below 0.34, got 0.34.1"):
-        create_config()
+@pytest.mark.parametrize(
+    "is_cuda, found, expected",
+    [(False, "0.34.1", "0.32"), (True, "0.32.0", "0.33"), (True, "0.34.1", "0.33")],
+)
+def test_unsupported_vllm_version_is_refused(monkeypatch, is_cuda, found, expected):
+    monkeypatch.setattr(requirements.current_platform, "is_cpu", lambda: not is_cuda)
+    monkeypatch.setattr(requirements.current_platform, "is_cuda", lambda: is_cuda)
+    monkeypatch.setattr(requirements, "version", lambda name: found)
+    message = f"at least {expected} and below 0.34 on .*, got {found}"
+    with pytest.raises(ValueError, match=message):
+        requirements._check_platform()
 
 
 def test_another_platform_is_refused(create_config, monkeypatch):
     vllm_clusterkv.register()
     monkeypatch.setattr(requirements.current_platform, "is_cpu", lambda: False)
-    with pytest.raises(ValueError, match="kernels for CPUs only"):
-        requirements._check_environment()
+    with pytest.raises(ValueError, match="kernels for CPUs and NVIDIA GPUs"):
+        create_config()
+
+
+class CUDAConfig(SimpleNamespace):
+    """What the checks for CUDA read of a ``VllmConfig``: a Llama, accepted."""
+
+    def __init__(self, num_heads=32, stats_path=None, **changes):
+        model = {"dtype": torch.bfloat16, "enforce_eager": False}
+        model |= {name: changes.pop(name) for name in model if name in changes}
+        super().__init__(
+            **{
+                "use_v2_model_runner": True,
+                "parallel_config": None,
+                "additional_config": {"clusterkv": {"stats_path": stats_path}},
+                "model_config": SimpleNamespace(
+                    get_num_attention_heads=lambda parallel_config: num_heads,
+                    get_num_kv_heads=lambda parallel_config: 2,
+                    **model,
+                ),
+                **changes,
+            }
+        )
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A platform with a GPU, as far as the checks look."""
+    platform = requirements.current_platform
+    monkeypatch.setattr(ops, "HAS_CUDA_KERNELS", True)
+    monkeypatch.setattr(
+        platform, "get_device_capability", lambda: DeviceCapability(9, 0)
+    )
+
+
+def test_cuda_config_is_accepted(cuda):
+    requirements._check_cuda(CUDAConfig())
+    requirements._check_cuda(CUDAConfig(stats_path="stats", enforce_eager=True))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_v2_model_runner": False}, "Model Runner V2.*unset VLLM_USE_V2_MODEL"),
+        ({"dtype": torch.float32}, "must be bfloat16 or float16 on a GPU, got float32"),
+        ({"num_heads": 48}, "at most 16 query heads a KV head on a GPU, got 48 and 2"),
+        ({"stats_path": "stats"}, "stats_path needs .* outside.*--enforce-eager"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_on_cuda(cuda, changes, message):
+    with pytest.raises(ValueError, match=f"clusterkv attention backend: .*{message}"):
+        requirements._check_cuda(CUDAConfig(**changes))
+
+
+def test_old_gpu_is_refused(cuda, monkeypatch):
+    monkeypatch.setattr(
+        requirements.current_platform,
+        "get_device_capability",
+        lambda: DeviceCapability(7, 5),
+    )
+    with pytest.raises(ValueError, match="compute capability 8.0 or higher, got 7.5"):
+        requirements._check_cuda(CUDAConfig())
+
+
+def test_build_without_cuda_kernels_is_refused(cuda, monkeypatch):
+    monkeypatch.setattr(ops, "HAS_CUDA_KERNELS", False)
+    with pytest.raises(ValueError, match="without CUDA kernels; install it again"):
+        requirements._check_cuda(CUDAConfig())
+
+
+def test_streaming_input_needs_synchronous_scheduling():
+    scheduler = SimpleNamespace(async_scheduling=False)
+    config = SimpleNamespace(scheduler_config=scheduler)
+    requirements.check_streaming_input(config)
+    scheduler.async_scheduling = True
+    with pytest.raises(ValueError, match="streaming input.*--no-async-scheduling"):
+        requirements.check_streaming_input(config)

@@ -2,38 +2,40 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 """What the backend is on every platform: capabilities, page spec and decode.
 
-Phases of a step, in each layer:
-
-1. K and V of the step's tokens are written to their pages (vLLM's slot mapping).
-2. Rows that still have prompt to compute: dense causal attention, by the platform's
-   own backend. Sorted pages before the chunk need no special case.
-3. Pages that the step completes are clustered, sorted and indexed in place
-   (``index_completed_pages``). Behind 2, whose causal mask needs the order of the
-   chunk; before 4, because vLLM shares a page in the very step that completes it: a
-   request resumed after preemption may find all its tokens but the last in pages
-   that another row of the batch fills, and then decodes over their index.
-4. Decode rows: score the clusters of their indexed pages, select within the token
-   budget, attend (``decode``). The tail page is attended to exactly.
+In each layer, K and V of the step's tokens are written to their pages (vLLM's slot
+mapping). Rows that still have prompt to compute attend densely, by the platform's own
+backend. Decode rows score the clusters of their indexed pages, select within the token
+budget and attend (``decode``); the tail page is attended to exactly. Pages that the
+step completes are clustered, sorted and indexed in place (``index_completed_pages``):
+``docs/indexing.md`` has the order of these phases.
 
 KV cache: vLLM's pool in the LBHNC layout, one block of 256 tokens a page, the
 index behind each page (``page_layout.py`` has the bytes). There is no other
 state: no request ids, no tables, nothing to clean up.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionType,
+    MultipleOf,
+)
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from vllm_clusterkv import observe, ops, requirements
 from vllm_clusterkv.config import ClusterKVConfig
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
-NUM_SPLITS = 8
-"""Parts of a row's pages that ``sparse_decode`` attends to separately. A constant,
-so that a row's result does not depend on its batch."""
+# A child of the logger that vLLM configures, so that its lines are seen.
+logger = init_logger("vllm.clusterkv")
 
 
 class ClusterKVBackend(AttentionBackend):
@@ -115,6 +117,94 @@ class SemanticPages:
     cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
 
 
+class DecodeScratch:
+    """What one ``decode`` writes between its ops. Calls that share it must not overlap.
+
+    Attributes:
+        max_rows: Rows that fit.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        max_clusters: int,
+        num_splits: Callable[[int], int],
+        device: torch.device,
+        max_bytes: int | None = None,
+    ) -> None:
+        """Allocates it.
+
+        Args:
+            max_rows: Rows to hold at most.
+            num_heads: Query heads of this rank.
+            num_kv_heads: KV heads of this rank.
+            head_size: Elements of a key, and of a value.
+            max_clusters: Clusters of a row, at most.
+            num_splits: Parts that ``sparse_decode`` splits a row into, by the rows of
+                the call.
+            device: Where.
+            max_bytes: Holds fewer rows, but at least one, to stay below. None for no
+                limit.
+        """
+        row_bytes = max_clusters * (4 * num_heads + num_kv_heads) + 4 * num_kv_heads
+        part_size = num_heads * (head_size + 2)
+        num_parts = self.max_rows = 0
+        for num_rows in range(1, max_rows + 1):
+            parts = max(num_parts, num_rows * num_splits(num_rows))
+            num_bytes = num_rows * row_bytes + 4 * parts * part_size
+            if max_bytes is not None and num_rows > 1 and num_bytes > max_bytes:
+                break
+            num_parts, self.max_rows = parts, num_rows
+        self._row_shape = (num_heads, num_kv_heads, head_size)
+        self._num_splits = num_splits
+
+        def new(size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        # Flat, since rows must be contiguous at each number of clusters and splits.
+        num_rows = self.max_rows
+        self._scores = new(num_rows * num_heads * max_clusters, torch.float32)
+        self._selected = new(num_rows * num_kv_heads * max_clusters, torch.uint8)
+        self._num_attended = new(num_rows * num_kv_heads, torch.int32)
+        self._workspace = new(num_parts * part_size, torch.float32)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated."""
+        buffers = (self._scores, self._selected, self._num_attended, self._workspace)
+        return sum(buffer.nbytes for buffer in buffers)
+
+    def shape(self, num_rows: int, max_clusters: int) -> tuple[torch.Tensor, ...]:
+        """The tensors for a call.
+
+        Returns:
+            scores: [num_rows, num_heads, max_clusters] fp32.
+            selected: [num_rows, num_kv_heads, max_clusters] uint8.
+            num_attended: [num_rows, num_kv_heads] int32.
+            workspace: [num_rows, num_heads, num_splits, head_size + 2] fp32.
+        """
+        num_heads, num_kv_heads, head_size = self._row_shape
+
+        def take(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+            return buffer[: prod(shape)].view(shape)
+
+        return (
+            take(self._scores, num_rows, num_heads, max_clusters),
+            take(self._selected, num_rows, num_kv_heads, max_clusters),
+            take(self._num_attended, num_rows, num_kv_heads),
+            take(
+                self._workspace,
+                num_rows,
+                num_heads,
+                self._num_splits(num_rows),
+                head_size + 2,
+            ),
+        )
+
+
 def decode(
     layer_name: str,
     query: torch.Tensor,
@@ -122,6 +212,7 @@ def decode(
     metadata: DecodeMetadata,
     scale: float,
     config: ClusterKVConfig,
+    scratch: DecodeScratch,
     output: torch.Tensor,
 ) -> None:
     """Sparse attention of the decode rows of one layer.
@@ -133,18 +224,39 @@ def decode(
         metadata: The rows.
         scale: Softmax scale.
         config: Settings.
+        scratch: Of the layer's shape. Rows that do not fit at once run in parts.
         output: [num_decodes, num_heads, head_size]. Written.
     """
-    num_reqs, num_heads, head_size = query.shape
-    num_kv_heads = pages.kv_cache.shape[1]
+    for start in range(0, len(query), scratch.max_rows):
+        rows = slice(start, start + scratch.max_rows)
+        _decode_rows(
+            layer_name,
+            query[rows],
+            pages,
+            DecodeMetadata(
+                metadata.block_table[rows],
+                metadata.seq_lens[rows],
+                metadata.min_sparse_lens[rows],
+            ),
+            scale,
+            config,
+            scratch,
+            output[rows],
+        )
+
+
+def _decode_rows(
+    layer_name: str,
+    query: torch.Tensor,
+    pages: SemanticPages,
+    metadata: DecodeMetadata,
+    scale: float,
+    config: ClusterKVConfig,
+    scratch: DecodeScratch,
+    output: torch.Tensor,
+) -> None:
     max_clusters = metadata.block_table.shape[1] * config.num_clusters
-    new = query.new_empty
-    scores = new((num_reqs, num_heads, max_clusters), dtype=torch.float32)
-    selected = new((num_reqs, num_kv_heads, max_clusters), dtype=torch.uint8)
-    num_attended = new((num_reqs, num_kv_heads), dtype=torch.int32)
-    workspace = new(
-        (num_reqs, num_heads, NUM_SPLITS, head_size + 2), dtype=torch.float32
-    )
+    scores, selected, num_attended, workspace = scratch.shape(len(query), max_clusters)
     index = (pages.kv_cache, pages.centroids, pages.cluster_ends)
     rows = (metadata.block_table, metadata.seq_lens, metadata.min_sparse_lens)
     ops.score_clusters(query, *index, *rows, scale, scores)
@@ -196,4 +308,56 @@ def index_completed_pages(
         completed.block_ids,
         completed.num_sink_tokens,
         config.num_iters,
+    )
+
+
+class ClusterKVImpl(AttentionImpl):
+    """One layer's attention: what platforms share."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        for feature, value in {
+            "ALiBi": alibi_slopes,
+            "sliding-window attention": sliding_window,
+            "logits soft cap": logits_soft_cap or None,
+            "KV sharing between layers": kv_sharing_target_layer_name,
+        }.items():
+            if value is not None:
+                raise ValueError(
+                    f"clusterkv attention backend: the model has layers with "
+                    f"{feature} ({value}), which is not supported; use another "
+                    "--attention-backend for this model."
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.config = ClusterKVConfig.from_additional_config(
+            get_current_vllm_config().additional_config
+        )
+        ClusterKVBackend.config = self.config
+
+
+def log_settings(config: ClusterKVConfig, layout: PageLayout) -> None:
+    """Says in the server's log that the backend is active, and how."""
+    logger.info_once(
+        "Using CLUSTERKV attention: pages of %d tokens, %d tokens a cluster, "
+        "budget %d tokens%s, index overhead %.1f%% of the KV cache.",
+        BLOCK_SIZE,
+        config.tokens_per_cluster,
+        config.token_budget,
+        " with tail estimate" if config.tail_estimate else "",
+        100 * layout.overhead,
     )

@@ -5,10 +5,12 @@
 - ``VllmConfig.__post_init__``: sets the page size before vLLM resolves it, and
   refuses what the backend does not support before any worker starts. No hook runs
   for a whole configuration.
+- ``AsyncLLM._validate_resumable_request``, on CUDA: refuses streaming input under
+  asynchronous scheduling. vLLM has no flag for it, and no hook for one request.
 - ``CpuPlatform.get_attn_backend_cls``: the CPU platform ignores every selected
   backend but its own.
 
-Both do nothing unless the backend is selected.
+All do nothing unless the backend is selected.
 """
 
 import functools
@@ -32,13 +34,37 @@ def _wrap_config(member: AttentionBackendEnum) -> None:
 
     @functools.wraps(original)
     def post_init(self: VllmConfig, *args, **kwargs) -> None:
-        attention = self.attention_config
-        if member in (attention.backend, *attention.backend_per_kind.values()):
+        if _is_selected(member, self):
             requirements.set_page_size(self.cache_config)
             requirements.check_config(self)
+            if current_platform.is_cuda():
+                _wrap_streaming_input(member)
         original(self, *args, **kwargs)
 
     VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
+
+
+def _is_selected(member: AttentionBackendEnum, vllm_config: VllmConfig) -> bool:
+    attention = vllm_config.attention_config
+    return member in (attention.backend, *attention.backend_per_kind.values())
+
+
+@functools.cache
+def _wrap_streaming_input(member: AttentionBackendEnum) -> None:
+    # Imported here, since every process of vLLM loads the plugin.
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    original = AsyncLLM._validate_resumable_request  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def validate_resumable_request(self: AsyncLLM) -> None:
+        if _is_selected(member, self.vllm_config):
+            requirements.check_streaming_input(self.vllm_config)
+        original(self)
+
+    AsyncLLM._validate_resumable_request = (  # type: ignore[attr-defined]
+        validate_resumable_request
+    )
 
 
 def _wrap_cpu_platform(member: AttentionBackendEnum) -> None:

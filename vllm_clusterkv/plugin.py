@@ -2,12 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 """Registration of the backend in a vLLM process."""
 
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_clusterkv import _restore_member, patches
 
 BACKEND_NAME = "CLUSTERKV"
 _CPU_BACKEND = "vllm_clusterkv.cpu_backend.ClusterKVCPUBackend"
+_CUDA_BACKEND = "vllm_clusterkv.cuda_backend.ClusterKVCUDABackend"
 
 
 def register() -> AttentionBackendEnum:
@@ -19,7 +21,9 @@ def register() -> AttentionBackendEnum:
     registered = AttentionBackendEnum.__members__.get(BACKEND_NAME)
     if registered is not None:
         return registered
-    member = AttentionBackendEnum.register(BACKEND_NAME, _CPU_BACKEND)
+    # Platforms that have neither are refused by the start-up checks.
+    path = _CUDA_BACKEND if current_platform.is_cuda() else _CPU_BACKEND
+    member = AttentionBackendEnum.register(BACKEND_NAME, path)
     # vLLM pickles its config to the processes it spawns, an enum member by value,
     # and unpickles it before it loads plugins there. So the member restores itself
     # by registering first.
