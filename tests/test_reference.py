@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from tests.support import cases
 from tests.support.baselines import dense_attention
+from tests.support.batched_reference import BatchedReference, cluster_keys
 from tests.support.inputs import Pages, make_decode_inputs
+from tests.support.random_cases import draw_case, make_random_inputs
 from vllm_clusterkv import reference
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
@@ -114,6 +116,42 @@ def test_an_indexed_page_holds_its_rows_and_their_means(dtype):
             mean = rows[start:end].float().mean(0) if end > start else 0 * rows[0]
             stored = pages.centroids[0, head, :, c].flatten()
             torch.testing.assert_close(stored, mean.to(dtype), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_batched_references_agree(seed):
+    """Those of tests/support, for the random cases."""
+    case = draw_case(seed, "cpu")
+    inputs, block_ids, num_sink_tokens = make_random_inputs(case, seed, "cpu")
+    reference.index_pages(
+        **inputs.pages.args(),
+        block_ids=block_ids,
+        num_sink_tokens=num_sink_tokens,
+        num_iters=1,
+    )
+    batch = BatchedReference(inputs)
+    live = batch.live[:, None]
+    scores = inputs.score(reference)
+    actual, bound = batch.scores()
+    assert (((actual - scores).abs() <= bound) | ~live).all()
+    selected, _ = inputs.select(reference, scores, case.token_budget)
+    chosen = batch.select(batch.rank_weights(scores), case.token_budget)
+    assert torch.equal(chosen & live, (selected == 1) & live)
+    options = {"tail_estimate": case.tail_estimate, "out_dtype": torch.float32}
+    expected = inputs.decode(reference, scores, selected, **options)
+    output, magnitude = batch.decode(scores, selected, case.tail_estimate)
+    assert ((output - expected).abs() <= 1e-5 * magnitude).all()
+
+
+@pytest.mark.parametrize("num_iters", [1, 2, 8])
+def test_batched_clustering_agrees(num_iters):
+    generator = torch.Generator().manual_seed(0)
+    topics = torch.randn(3, 16, 64, generator=generator)
+    labels = torch.randint(16, (3, 240), generator=generator)
+    keys = topics.gather(1, labels[..., None].expand(-1, -1, 64))
+    keys += 0.1 * torch.randn(3, 240, 64, generator=generator)
+    expected = [reference.cluster_keys(page, 16, num_iters) for page in keys]
+    assert torch.equal(cluster_keys(keys, 16, num_iters), torch.stack(expected))
 
 
 def test_keys_join_the_nearest_direction():

@@ -37,7 +37,9 @@ def assert_close(
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal byte by byte, NaNs too."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    actual, expected = (t.cpu().contiguous().view(-1) for t in (actual, expected))
+    if actual.device != expected.device:
+        actual, expected = actual.cpu(), expected.cpu()
+    actual, expected = (t.contiguous().view(-1) for t in (actual, expected))
     assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
 
 

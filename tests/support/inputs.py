@@ -37,9 +37,12 @@ class Pages:
         return cls(layout, buffer, kv_cache, *layout.index_views(kv_cache))
 
     @classmethod
-    def poisoned(cls, layout: PageLayout, num_blocks: int) -> "Pages":
-        size = num_blocks * layout.page_bytes
-        return cls.over(layout, torch.full((size,), POISON_BYTE, dtype=torch.int8))
+    def poisoned(
+        cls, layout: PageLayout, num_blocks: int, device: str = "cpu"
+    ) -> "Pages":
+        size = (num_blocks * layout.page_bytes,)
+        buffer = torch.full(size, POISON_BYTE, dtype=torch.int8, device=device)
+        return cls.over(layout, buffer)
 
     def to(self, device: str) -> "Pages":
         """A copy on ``device``."""
