@@ -1,0 +1,516 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+//
+// index_pages, a thread block of 256 for each (page, KV head). The page's keys, then
+// its values, are in shared memory (64 KB at head size 128), so that the head's rows
+// are read once and written once: 1 KB a token at head size 128. Both heavy steps of
+// k-means are tensor core products:
+//
+//   assign: similarity [256 x M] = keys [256 x D] * means^T [D x M]; 32 rows a warp
+//   update: sums [M x D] = membership [M x 256] * keys [256 x D]; D / 8 columns a warp
+//
+// Keys are exact in 16 bits. Means are the sum of two 16-bit numbers, which leaves
+// 16 of fp32's 24 bits (22 with fp16), and are divided by their norms afterwards.
+// Rounds have two barriers: labels are written before the first and read after it,
+// means the other way round.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../params.h"
+#include "ptx.cuh"
+
+namespace clusterkv::cuda {
+
+constexpr int kPageRows = 256;  // also threads a block: 8 warps of 32 rows
+constexpr int kPageWarps = kPageRows / 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Rows of the lanes whose label is `target`, as a bit mask.
+template <int kNumClusters>
+__device__ __forceinline__ uint32_t lanes_with(int label, bool has_label, int target) {
+  uint32_t lanes = __ballot_sync(kAllLanes, has_label);
+#pragma unroll
+  for (int bit = 1; bit < kNumClusters; bit *= 2) {
+    const uint32_t set = __ballot_sync(kAllLanes, label & bit);
+    lanes &= target & bit ? set : ~set;
+  }
+  return lanes;
+}
+
+__device__ __forceinline__ float2 unpack(uint32_t both, __nv_bfloat16) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(both));
+}
+__device__ __forceinline__ float2 unpack(uint32_t both, __half) {
+  return __half22float2(reinterpret_cast<const __half2&>(both));
+}
+
+struct Candidate {
+  float similarity;
+  int cluster;
+};
+
+__device__ __forceinline__ Candidate better(Candidate a, Candidate b) {
+  const bool is_b =
+      b.similarity > a.similarity || (b.similarity == a.similarity && b.cluster < a.cluster);
+  return is_b ? b : a;
+}
+
+// Gives `mine` the better of it and what the lane `distance` away sends.
+__device__ __forceinline__ Candidate exchange(Candidate mine, Candidate sent, int distance) {
+  const Candidate received = {__shfl_xor_sync(kAllLanes, sent.similarity, distance),
+                              __shfl_xor_sync(kAllLanes, sent.cluster, distance)};
+  return better(mine, received);
+}
+
+// One thread block's work. `half` is 0 for keys and 1 for values; a slab is as many
+// columns of them as shared memory holds at once.
+template <typename T, int kHeadSize, int kNumClusters>
+class PageIndexer {
+  static_assert(kHeadSize % 16 == 0 && kHeadSize <= 256);
+  static_assert(kNumClusters == 8 || kNumClusters == 16 || kNumClusters == 32);
+  static constexpr int kNumSlabs = kHeadSize > 128 ? 2 : 1;
+  static constexpr int kCols = kHeadSize / kNumSlabs;
+  static constexpr int kChunks = kCols / 8;  // of 16 bytes, in a row
+  static_assert(kCols % 16 == 0);
+
+  static constexpr int kMeanTiles = kNumClusters / 8;
+  static constexpr int kClusterTiles = (kNumClusters + 15) / 16;
+  static constexpr int kColTiles = (kChunks + kPageWarps - 1) / kPageWarps;  // of 8, a warp
+  static_assert(kChunks % kColTiles == 0, "a warp has all its columns or none");
+
+  // The fp16 comparison that makes the membership matrix yields 0x3c00 for true: one
+  // in fp16, and 1 / 128 in bf16.
+  static constexpr float kInverseOfTrue = std::is_same_v<T, __half> ? 1.0f : 128.0f;
+
+ public:
+  struct Shared {
+    uint4 rows[kPageRows * kChunks];
+    uint4 means[kNumSlabs][2 * kNumClusters * kChunks];  // rounded, then what rounding left
+    __half labels[kPageRows];                            // at label_slot(row); -1 for sinks
+    float squares[kNumClusters][kPageWarps];             // of the means, a part of columns each
+    uint8_t counts[kNumClusters][kPageWarps];            // rows, a warp's each
+    uint8_t order[kPageRows];                            // row that goes to each place
+  };
+
+  __device__ PageIndexer(Shared& shared, T* rows, int64_t row_stride, int num_sinks)
+      : s_(shared),
+        rows_(rows),
+        row_stride_(row_stride),
+        num_sinks_(num_sinks),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        group_(lane_ / 4),
+        quad_(lane_ % 4) {}
+
+  __device__ void cluster(int64_t num_iters) {
+    seed();
+    __syncthreads();
+    // A round that changes no label would repeat itself.
+    while (__syncthreads_or(assign()) && --num_iters > 0) {
+      update();
+      __syncthreads();
+    }
+  }
+
+  // Sorts keys and values, in place: a slab is in shared memory before any of it is
+  // written. `means` and `ends` are this head's in the index.
+  __device__ void finish(T* means, int64_t value_offset, int64_t mean_stride, int16_t* ends) {
+    prefetch_values();
+    sort(ends);
+    __syncthreads();
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const int first = half == 0 ? held_ : 0;
+#pragma unroll 1
+      for (int i = 0; i < kNumSlabs; ++i) {
+        const int slab = first ^ i;
+        hold(half, slab);
+        store_means(slab, means + half * value_offset, mean_stride);
+        store_sorted(half, slab);
+      }
+    }
+  }
+
+ private:
+  // Rows begin in different banks: the 8 rows of a matrix have their chunk in 8
+  // different sixteenths of the 128 bytes that shared memory reads at once.
+  static __device__ __forceinline__ int chunk_at(int row, int chunk) {
+    constexpr int kBits = kChunks % 8 == 0 ? 3 : kChunks % 4 == 0 ? 2 : kChunks % 2 == 0 ? 1 : 0;
+    return row * kChunks + (chunk ^ ((row >> (3 - kBits)) & ((1 << kBits) - 1)));
+  }
+
+  // Labels lie so that the 8 of 32 rows that a lane needs for `update` are adjacent.
+  static __device__ __forceinline__ int label_slot(int row) {
+    return (row & ~31) | ((row & 6) << 2) | ((row & 24) >> 2) | (row & 1);
+  }
+
+  static __device__ __forceinline__ uint32_t address(const uint4& chunk) {
+    return smem_address(&chunk);
+  }
+
+  // Keeps the compiler from computing addresses once for all rounds: they are cheap,
+  // and so many that they would take the registers of a third thread block.
+  static __device__ __forceinline__ int recomputed(int lane) {
+    asm volatile("" : "+r"(lane));
+    return lane;
+  }
+
+  // Brings a slab of keys or values into shared memory, if it is not there.
+  __device__ __forceinline__ void hold(int half, int slab) {
+    const int wanted = half * kNumSlabs + slab;
+    if (held_ == wanted) return;
+    __syncthreads();  // all are done with the slab held
+    const T* source = rows_ + half * kHeadSize + slab * kCols;
+#pragma unroll 4
+    for (int i = 0; i < kChunks; ++i) {
+      const int index = i * kPageRows + threadIdx.x;
+      const int row = index / kChunks, chunk = index % kChunks;
+      cp_async_16(address(s_.rows[chunk_at(row, chunk)]), source + row * row_stride_ + chunk * 8,
+                  true);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    held_ = wanted;
+  }
+
+  __device__ void prefetch_values() const {
+    const T* row = rows_ + threadIdx.x * row_stride_ + kHeadSize;
+#pragma unroll
+    for (int col = 0; col < kHeadSize; col += 64) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(row + col));
+    }
+  }
+
+  // Evenly spaced keys start the clusters.
+  __device__ void seed() {
+#pragma unroll 1
+    for (int slab = 0; slab < kNumSlabs; ++slab) {
+      hold(0, slab);
+      for (int c = warp_; c < kNumClusters; c += kPageWarps) {
+        const int num_rows = kPageRows - num_sinks_;
+        const int row = num_sinks_ + (2 * c + 1) * num_rows / (2 * kNumClusters);
+        float square = 0.0f;
+        if (lane_ < kChunks) {
+          const uint4 chunk = s_.rows[chunk_at(row, lane_)];
+          s_.means[slab][chunk_at(c, lane_)] = chunk;
+          s_.means[slab][chunk_at(kNumClusters + c, lane_)] = make_uint4(0, 0, 0, 0);
+          for (const uint32_t both : {chunk.x, chunk.y, chunk.z, chunk.w}) {
+            const float2 x = unpack(both, T());
+            square += x.x * x.x + x.y * x.y;
+          }
+        }
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) {
+          square += __shfl_xor_sync(kAllLanes, square, distance);
+        }
+        if (lane_ >= slab && lane_ < kPageWarps) {
+          s_.squares[c][lane_] = lane_ == slab ? square : 0.0f;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float inverse_norm(int cluster) const {
+    const float4* parts = reinterpret_cast<const float4*>(s_.squares[cluster]);
+    const float4 a = parts[0], b = parts[1];
+    const float square = ((a.x + a.y) + (a.z + a.w)) + ((b.x + b.y) + (b.z + b.w));
+    return square > 0.0f ? rsqrtf(square) : 0.0f;
+  }
+
+  // Gives each row the cluster of the largest cosine (the key's own norm does not
+  // matter), and counts. Returns whether this thread's row changed its label. A
+  // similarity that is not a number never wins, so that labels are always valid.
+  __device__ bool assign() {
+    float dots[2][2 * kMeanTiles][4] = {};
+    const int lane = recomputed(lane_);
+    const int first = kNumSlabs > 1 ? held_ : 0;
+#pragma unroll 1
+    for (int i = 0; i < kNumSlabs; ++i) {
+      const int slab = first ^ i;
+      if constexpr (kNumSlabs > 1) hold(0, slab);
+#pragma unroll(kNumClusters > 16 ? 2 : kChunks / 2)
+      for (int k = 0; k < kChunks; k += 2) {
+        uint32_t keys[2][4];
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const int row = 32 * warp_ + 16 * t + lane % 16;
+          ldmatrix_x4(keys[t], address(s_.rows[chunk_at(row, k + lane / 16)]));
+        }
+#pragma unroll
+        for (int pair = 0; pair < kMeanTiles; ++pair) {
+          uint32_t means[4];
+          const int row = 16 * pair + lane / 16 * 8 + lane % 8;
+          ldmatrix_x4(means, address(s_.means[slab][chunk_at(row, k + lane / 8 % 2)]));
+#pragma unroll
+          for (int t = 0; t < 2; ++t) {
+            mma_m16n8k16<T>(dots[t][2 * pair], keys[t], means[0], means[1]);
+            mma_m16n8k16<T>(dots[t][2 * pair + 1], keys[t], means[2], means[3]);
+          }
+        }
+      }
+    }
+    // A lane has 4 rows (16 t + 8 u + group) and every cluster 8 j + 2 quad + e.
+    Candidate best[2][2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      best[t][0] = best[t][1] = {-INFINITY, 2 * quad_};
+    }
+#pragma unroll
+    for (int j = 0; j < kMeanTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int cluster = 8 * j + 2 * quad_ + e;
+        const float inverse = inverse_norm(cluster);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            const float dot = dots[t][j][2 * u + e] + dots[t][j + kMeanTiles][2 * u + e];
+            const float similarity = dot * inverse;
+            if (similarity > best[t][u].similarity) best[t][u] = {similarity, cluster};
+          }
+        }
+      }
+    }
+    // The quad's lanes send each other what they have of the other's row; each is
+    // left with one row, of t = quad / 2 and u = quad % 2.
+    const bool upper = quad_ & 2, odd = quad_ & 1;
+    Candidate kept[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      kept[u] = exchange(upper ? best[1][u] : best[0][u], upper ? best[0][u] : best[1][u], 2);
+    }
+    const int label = exchange(odd ? kept[1] : kept[0], odd ? kept[0] : kept[1], 1).cluster;
+
+    const int row = 32 * warp_ + 16 * (quad_ / 2) + 8 * (quad_ % 2) + group_;
+    const bool has_label = row >= num_sinks_;
+    s_.labels[label_slot(row)] = __int2half_rn(has_label ? label : -1);
+    const uint32_t members = lanes_with<kNumClusters>(label, has_label, lane_);
+    if (lane_ < kNumClusters) s_.counts[lane_][warp_] = __popc(members);
+    const bool changed = has_label && label != label_;
+    label_ = label;
+    return changed;
+  }
+
+  __device__ __forceinline__ int count(int cluster) const {
+    const uint2 parts = *reinterpret_cast<const uint2*>(s_.counts[cluster]);
+    return __dp4a(parts.x, 0x01010101u, __dp4a(parts.y, 0x01010101u, 0u));
+  }
+
+  // Whether this warp has columns.
+  __device__ __forceinline__ bool has_columns() const { return warp_ * kColTiles < kChunks; }
+
+  // Sums of the slab's rows by cluster, times 1 / kInverseOfTrue: of cluster
+  // 16 ct + 8 h + group, column 8 tile + 2 quad + e, at [ct][tile][2 h + e].
+  __device__ __forceinline__ void sum_clusters(float (&sums)[kClusterTiles][kColTiles][4]) const {
+    const int lane = recomputed(lane_);
+    float more[kClusterTiles][kColTiles][4] = {};  // for shorter chains of products
+#pragma unroll
+    for (int ct = 0; ct < kClusterTiles; ++ct) {
+#pragma unroll
+      for (int tile = 0; tile < kColTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[ct][tile][i] = 0.0f;
+      }
+    }
+#pragma unroll 4
+    for (int begin = 0; begin < kPageRows; begin += 32) {
+      // Labels of rows 2 quad, 2 quad + 1 of each 8 of these 32.
+      const uint4 labels = *reinterpret_cast<const uint4*>(&s_.labels[begin + 8 * quad_]);
+      uint32_t members[2][kClusterTiles][4];
+#pragma unroll
+      for (int ct = 0; ct < kClusterTiles; ++ct) {
+        membership(members[0][ct], labels.x, labels.y, 16 * ct);
+        membership(members[1][ct], labels.z, labels.w, 16 * ct);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kColTiles; ++tile) {
+        uint32_t rows[4];
+        ldmatrix_x4_trans(rows, address(s_.rows[chunk_at(begin + lane, warp_ * kColTiles + tile)]));
+#pragma unroll
+        for (int ct = 0; ct < kClusterTiles; ++ct) {
+          mma_m16n8k16<T>(sums[ct][tile], members[0][ct], rows[0], rows[1]);
+          mma_m16n8k16<T>(more[ct][tile], members[1][ct], rows[2], rows[3]);
+        }
+      }
+    }
+#pragma unroll
+    for (int ct = 0; ct < kClusterTiles; ++ct) {
+#pragma unroll
+      for (int tile = 0; tile < kColTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[ct][tile][i] += more[ct][tile][i];
+      }
+    }
+  }
+
+  // The 16 x 16 matrix of whether rows belong to clusters `first` and on.
+  __device__ __forceinline__ void membership(uint32_t (&members)[4], uint32_t low, uint32_t high,
+                                             int first) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (8 * h < kNumClusters) {
+        const __half2 cluster = __half2half2(__int2half_rn(first + 8 * h + group_));
+        members[h] = equal(low, cluster);
+        members[h + 2] = equal(high, cluster);
+      } else {
+        members[h] = members[h + 2] = 0;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t equal(uint32_t labels, __half2 cluster) {
+    const __half2 is_equal = __heq2(reinterpret_cast<const __half2&>(labels), cluster);
+    return reinterpret_cast<const uint32_t&>(is_equal);
+  }
+
+  // Moves each mean to its keys; that of an empty cluster stays.
+  __device__ void update() {
+    float square[kClusterTiles][2] = {};
+    const int first = kNumSlabs > 1 ? held_ : 0;
+#pragma unroll 1
+    for (int i = 0; i < kNumSlabs; ++i) {
+      const int slab = first ^ i;
+      if constexpr (kNumSlabs > 1) hold(0, slab);
+      if (!has_columns()) continue;
+      float sums[kClusterTiles][kColTiles][4];
+      sum_clusters(sums);
+      for_each_cluster([&](int cluster, int ct, int h) {
+        const int rows = count(cluster);
+        if (rows == 0) return;
+        const float scale = __fdividef(kInverseOfTrue, static_cast<float>(rows));
+#pragma unroll
+        for (int tile = 0; tile < kColTiles; ++tile) {
+          const float x = sums[ct][tile][2 * h] * scale, y = sums[ct][tile][2 * h + 1] * scale;
+          const uint32_t rounded = pack<T>(x, y);
+          const float2 left = unpack(rounded, T());
+          const int chunk = warp_ * kColTiles + tile;
+          word(slab, cluster, chunk) = rounded;
+          word(slab, kNumClusters + cluster, chunk) = pack<T>(x - left.x, y - left.y);
+          square[ct][h] += x * x + y * y;
+        }
+      });
+    }
+    if (!has_columns()) return;
+    for_each_cluster([&](int cluster, int ct, int h) {
+      float sum = square[ct][h];
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      if (quad_ == 0 && count(cluster) > 0) s_.squares[cluster][warp_] = sum;
+    });
+  }
+
+  // The clusters whose sums this lane has.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_cluster(Body body) const {
+#pragma unroll
+    for (int ct = 0; ct < kClusterTiles; ++ct) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (16 * ct + 8 * h < kNumClusters) body(16 * ct + 8 * h + group_, ct, h);
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint32_t& word(int slab, int row, int chunk) {
+    return reinterpret_cast<uint32_t*>(&s_.means[slab][chunk_at(row, chunk)])[quad_];
+  }
+
+  // Stable counting sort by label: which row goes where.
+  __device__ void sort(int16_t* ends) {
+    const int row = threadIdx.x;
+    const bool has_label = row >= num_sinks_;
+    const int label = has_label ? __half2int_rn(s_.labels[label_slot(row)]) : 0;
+
+    const int size = lane_ < kNumClusters ? count(lane_) : 0;
+    int end = size;  // of cluster `lane`
+#pragma unroll
+    for (int distance = 1; distance < kNumClusters; distance *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, end, distance);
+      if (lane_ >= distance) end += before;
+    }
+    end += num_sinks_;
+    if (warp_ == 0 && lane_ < kNumClusters) ends[lane_] = static_cast<int16_t>(end);
+    const int begin = __shfl_sync(kAllLanes, end - size, label);
+
+    int earlier = 0;  // rows of this label in warps before
+#pragma unroll
+    for (int w = 0; w < kPageWarps - 1; ++w) {
+      if (w < warp_) earlier += s_.counts[label][w];
+    }
+    const uint32_t same = lanes_with<kNumClusters>(label, has_label, label);
+    const int place = begin + earlier + __popc(same & ((1u << lane_) - 1));
+    s_.order[has_label ? place : row] = static_cast<uint8_t>(row);
+  }
+
+  __device__ void store_means(int slab, T* means, int64_t mean_stride) const {
+    if (!has_columns()) return;
+    float sums[kClusterTiles][kColTiles][4];
+    sum_clusters(sums);
+    for_each_cluster([&](int cluster, int ct, int h) {
+      const int rows = count(cluster);
+      const float scale = __fdividef(kInverseOfTrue, static_cast<float>(rows));
+#pragma unroll
+      for (int tile = 0; tile < kColTiles; ++tile) {
+        const int col = slab * kCols + 8 * (warp_ * kColTiles + tile) + 2 * quad_;
+        const uint32_t mean =
+            pack<T>(sums[ct][tile][2 * h] * scale, sums[ct][tile][2 * h + 1] * scale);
+        *reinterpret_cast<uint32_t*>(means + cluster * mean_stride + col) = rows > 0 ? mean : 0;
+      }
+    });
+  }
+
+  __device__ void store_sorted(int half, int slab) {
+    T* target = rows_ + half * kHeadSize + slab * kCols;
+#pragma unroll 4
+    for (int i = 0; i < kChunks; ++i) {
+      const int index = i * kPageRows + threadIdx.x;
+      const int place = index / kChunks, chunk = index % kChunks;
+      *reinterpret_cast<uint4*>(target + place * row_stride_ + chunk * 8) =
+          s_.rows[chunk_at(s_.order[place], chunk)];
+    }
+  }
+
+  Shared& s_;
+  T* const rows_;  // [256, 2 * kHeadSize]; this head's keys and values
+  const int64_t row_stride_;
+  const int num_sinks_;
+  const int warp_, lane_, group_, quad_;
+  int held_ = -1;   // slab in shared memory
+  int label_ = -1;  // of the row that assign leaves this thread with
+};
+
+// Thread blocks that shared memory lets a multiprocessor of 227 KB run at once.
+constexpr int index_pages_blocks(int head_size, int num_clusters) {
+  return head_size > 128 || num_clusters > 16 ? 2 : 3;
+}
+
+// Grid: num_pages * num_kv_heads. Shared: PageIndexer::Shared.
+template <typename T, int kHeadSize, int kNumClusters>
+__global__ void __launch_bounds__(kPageRows, index_pages_blocks(kHeadSize, kNumClusters))
+    index_pages_kernel(const IndexPagesParams params) {
+  using Indexer = PageIndexer<T, kHeadSize, kNumClusters>;
+  extern __shared__ uint4 shared_bytes[];
+  wait_for_previous_kernel();
+  const SemanticPages& pages = params.pages;
+  const unsigned num_heads = static_cast<unsigned>(pages.num_kv_heads);
+  const int64_t page = blockIdx.x / num_heads, head = blockIdx.x % num_heads;
+  const int64_t block = params.block_ids[page];
+  if (block < 0 || block >= pages.num_blocks) return;
+  const int num_sinks = min(max(params.num_sink_tokens[page], 0), kPageRows - 1);
+  Indexer indexer(
+      *reinterpret_cast<typename Indexer::Shared*>(shared_bytes),
+      static_cast<T*>(pages.kv_cache) + block * pages.kv_block_stride + head * pages.kv_head_stride,
+      pages.kv_row_stride, num_sinks);
+  indexer.cluster(params.num_iters);
+  indexer.finish(
+      static_cast<T*>(pages.centroids) + block * pages.centroid_block_stride +
+          head * pages.centroid_head_stride,
+      pages.centroid_value_offset, pages.centroid_row_stride,
+      pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride);
+}
+
+}  // namespace clusterkv::cuda
