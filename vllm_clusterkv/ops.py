@@ -44,6 +44,20 @@ except ImportError as error:
     ) from error
 
 
+def _load_cuda_kernels() -> bool:
+    if not torch.version.cuda:
+        return False
+    try:
+        importlib.import_module("vllm_clusterkv._C_cuda")
+    except ModuleNotFoundError:
+        return False  # built where there was no nvcc
+    return True
+
+
+HAS_CUDA_KERNELS = _load_cuda_kernels()
+"""Whether the ops run on CUDA devices, too."""
+
+
 def index_pages(
     kv_cache: torch.Tensor,
     centroids: torch.Tensor,

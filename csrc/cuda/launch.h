@@ -99,7 +99,7 @@ class LaunchContext {
   template <typename... Params, typename... Args>
   void launch_with(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
                    bool overlap, Args... args) const {
-    if (smem_bytes > 48 * 1024) {  // beyond what every kernel may have
+    if (smem_bytes > 32 * 1024) {  // with static shared memory, beyond what every kernel may have
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(smem_bytes)));

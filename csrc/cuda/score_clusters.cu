@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+#include <torch/csrc/stable/library.h>
+
+#include "decode_launch.h"
+#include "score_clusters.cuh"
+
+namespace clusterkv::cuda {
+namespace {
+
+// Enough warps that all mean keys of a small batch are under way at once.
+constexpr int kBlocksPerMultiprocessor = 6;
+
+void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
+                    Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, double scale,
+                    Tensor scores) {
+  const ScoreClustersParams params =
+      check_score_clusters(query, kv_cache, centroids, cluster_ends, block_table, seq_lens,
+                           min_sparse_lens, scale, scores);
+  check_decode_shapes("score_clusters", params.pages, params.rows);
+  check_aligned("score_clusters", "query", params.query,
+                {params.query_row_stride, params.query_head_stride});
+  const int64_t num_tiles = (params.max_clusters + 15) / 16;
+  if (params.rows.num_reqs == 0 || num_tiles == 0) return;
+  const LaunchContext context("score_clusters", kv_cache);
+  const int64_t pairs = params.rows.num_reqs * params.pages.num_kv_heads;
+  const int64_t wanted = context.num_multiprocessors() * kBlocksPerMultiprocessor / pairs;
+  const int64_t useful = (num_tiles + kScoreWarps - 1) / kScoreWarps;
+  const dim3 grid(clamp(wanted, 1, useful), params.pages.num_kv_heads, params.rows.num_reqs);
+  dispatch_decode(
+      kv_cache.scalar_type(), "score_clusters", params.pages, params.rows, [&](auto shape) {
+        using S = decltype(shape);
+        context.launch_pdl(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles>, grid,
+                           dim3(kScoreWarps * 32), 0, params);
+      });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(clusterkv, CUDA, m) {
+  m.impl("score_clusters", TORCH_BOX(&score_clusters));
+}
+
+}  // namespace clusterkv::cuda
