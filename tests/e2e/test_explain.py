@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.support.engine import attention_layers
+from vllm_clusterkv import cpu_backend, observe
 from vllm_clusterkv import explain as cli
-from vllm_clusterkv import observe
+from vllm_clusterkv.backend import DecodeMetadata
 from vllm_clusterkv.explain import explain_prompt, load
 from vllm_clusterkv.page_layout import BLOCK_SIZE
 
@@ -191,6 +192,26 @@ def test_covering_budget_is_exact(llm, text_ids):
         assert head.estimated == [0] * 3
         assert max(head.error) < 1e-5
     assert "budget of 256 tokens covers the context" in explanation.summary()
+
+
+def test_a_context_attended_to_densely(llm, text_ids, monkeypatch):
+    monkeypatch.setattr(
+        cpu_backend,
+        "DecodeMetadata",
+        lambda block_table, seq_lens, _: DecodeMetadata(
+            block_table, seq_lens, seq_lens + 1
+        ),
+    )
+    explanation = explain_prompt(llm, text_ids[:900])
+    for head in explanation.heads:
+        assert head.attended == head.context == 901
+        assert not head.clusters
+        assert head.always == pytest.approx([1] * 3, abs=1e-5)
+        assert head.captured == pytest.approx([1] * 3, abs=1e-5)
+        assert max(head.error) < 1e-5
+    assert "shorter than min_sparse_len are attended to densely" in (
+        explanation.summary()
+    )
 
 
 def test_prompt_shorter_than_a_page(llm):
