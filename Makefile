@@ -10,7 +10,7 @@ EXTENSION := vllm_clusterkv/_C.abi3.so
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo test test-unit lint format bench clean FORCE
+.PHONY: help setup model demo test test-unit test-gpu lint format bench clean FORCE
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,6 +27,10 @@ test: setup model ## every CPU test
 
 test-unit: setup ## the tests that need no model
 	$(BIN)/python -m pytest -m "not e2e"
+
+test-gpu: ## the GPU tests, with the vLLM for CUDA and plugin that $(PYTHON) has
+	@$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	$(PYTHON) -m pytest tests/ops tests/e2e_gpu
 
 lint: setup ## ruff, mypy, clang-format, include rules
 	$(BIN)/ruff check

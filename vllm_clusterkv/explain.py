@@ -68,10 +68,18 @@ def load(
         **settings: As ``explain``.
 
     Raises:
-        ValueError: A wrong setting, or a model that the backend does not support.
+        ValueError: A wrong setting, or a model that the backend does not support, or
+            vLLM is not on its CPU platform.
     """
     settings = {"min_sparse_len": 0, **settings}
     ClusterKVConfig.from_additional_config({"clusterkv": settings})
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ValueError(
+            "explain must run with vLLM for CPUs, where each layer indexes its pages "
+            f"in sight, got vLLM for {current_platform.device_name}"
+        )
     # Only an engine in this process calls the observers of this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM

@@ -8,13 +8,12 @@ sparse decode had made them.
 
 from tests.support.engine import (
     NUM_TOKENS,
-    as_generated,
     assert_equal,
     clusterkv,
     engine,
     generate,
     poison,
-    sampling,
+    run_twins,
 )
 
 
@@ -34,8 +33,7 @@ def test_preemption_and_recomputation(model_path, prompts, expected):
 def test_twins_resumed_in_the_step_that_fills_their_page(model_path, text_ids):
     """One of two equal requests decodes over a page that the other computes.
 
-    Both are preempted with 257 tokens known. Resumed in one step, the first computes
-    its page again; the second hits it in the prefix cache at once and has one token
+    Both are preempted with 257 tokens known. The second is resumed with one token
     left, which makes it a decode row.
     """
     budgets = {"dense": {}, "sparse": clusterkv(token_budget=1024, min_sparse_len=0)}
@@ -48,21 +46,3 @@ def test_twins_resumed_in_the_step_that_fills_their_page(model_path, text_ids):
                 poison(llm)
             answers[name] = run_twins(llm.llm_engine, text_ids[:240])
     assert_equal(answers["sparse"], answers["dense"])
-
-
-def run_twins(core, prompt):
-    """Greedy answers of two equal requests, preempted when 257 tokens are known."""
-    for name in "AB":
-        core.add_request(name, {"prompt_token_ids": prompt}, sampling(40))
-    finished, known, preempted = {}, {}, False
-    while core.has_unfinished_requests():
-        for output in core.step():
-            num_generated = len(output.outputs[0].token_ids)
-            known[output.request_id] = len(prompt) + num_generated
-            if output.finished:
-                finished[output.request_id] = as_generated(output)
-        if not preempted and set(known.values()) == {257}:
-            preempted = True
-            assert core.reset_prefix_cache(reset_running_requests=True)
-    assert preempted
-    return [finished["A"], finished["B"]]

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from tests.support.engine import clusterkv, engine, generate
+from tests.support.prompts import needle_prompt
 
 BUDGET = 128
 NUM_TOKENS = 16
@@ -26,17 +27,6 @@ def llm(model_path, stats_path):
         **clusterkv(token_budget=BUDGET, min_sparse_len=0, stats_path=str(stats_path)),
     ) as llm:
         yield llm
-
-
-def needle_prompt(tokenizer, text_ids, position):
-    """3,000 tokens of text with a fact at a share of the way, and its question."""
-    fact = tokenizer.encode("\n\nThe secret number of the lighthouse is 7421.\n\n")
-    question = tokenizer.encode(
-        "\n\nQuestion: What is the secret number of the lighthouse?\n"
-        "Answer: The secret number of the lighthouse is"
-    )
-    at = int(3000 * position)
-    return text_ids[:at] + fact + text_ids[at:3000] + question
 
 
 @pytest.mark.parametrize("position", [0.1, 0.5, 0.9])

@@ -62,20 +62,36 @@ def clusterkv(**settings) -> dict:
     }
 
 
-def poison(llm) -> None:
-    """Fills the KV cache, index and padding included, with NaN (and ends of -1)."""
-    for layer in attention_layers(llm).values():
-        storage = layer.kv_cache.untyped_storage()
-        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
-        assert layer.kv_cache.isnan().all()
+def poison(llm, rows: float = float("nan")) -> None:
+    """Fills the KV cache, index and padding included, with NaN (and ends of -1).
+
+    Args:
+        llm: An in-process engine.
+        rows: Fills K and V instead. FlashAttention multiplies by zero what it masks,
+            so there it must be finite.
+    """
+    caches = [layer.kv_cache for layer in attention_layers(llm).values()]
+    for cache in caches:
+        everything = torch.empty(0, dtype=torch.uint8, device=cache.device)
+        everything.set_(cache.untyped_storage()).fill_(0xFF)
+    for cache in caches:
+        assert cache.isnan().all()
+        cache.fill_(rows)
 
 
-def sampling(max_tokens: int):
-    """Greedy sampling of exactly ``max_tokens`` tokens."""
+def sampling(max_tokens: int, trace: list[int] | None = None):
+    """Greedy sampling of exactly ``max_tokens`` tokens.
+
+    Args:
+        max_tokens: Tokens.
+        trace: The tokens to go on with, whatever is likeliest. The log-probabilities
+            remain the model's. Needs an engine with ``enable_trace_replay``.
+    """
     from vllm import SamplingParams
 
+    forced = {} if trace is None else {"trace_decode_token_ids": trace}
     return SamplingParams(
-        max_tokens=max_tokens, temperature=0, logprobs=0, ignore_eos=True
+        max_tokens=max_tokens, temperature=0, logprobs=0, ignore_eos=True, **forced
     )
 
 
@@ -92,14 +108,46 @@ def as_generated(output) -> Generated:
     )
 
 
-def generate(llm, prompts: list[list[int]], max_tokens: int) -> list[Generated]:
-    """Greedy continuations of prompts of token ids."""
+def generate(
+    llm,
+    prompts: list[list[int]],
+    max_tokens: int,
+    traces: list[list[int]] | None = None,
+) -> list[Generated]:
+    """Greedy continuations of prompts of token ids, or ``traces`` as ``sampling``."""
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling(max_tokens),
+        [sampling(max_tokens, trace) for trace in traces or [None] * len(prompts)],
         use_tqdm=False,
     )
     return [as_generated(output) for output in outputs]
+
+
+def run_twins(core, prompt: list[int], trace: list[int] | None = None):
+    """Answers of two equal requests, preempted when 257 tokens are known.
+
+    Resumed in one step, the first computes its page again; the second hits it in the
+    prefix cache at once and has one token left.
+
+    Args:
+        core: vLLM's ``LLMEngine``.
+        prompt: Less than 257 tokens.
+        trace: As ``sampling``.
+    """
+    for name in "AB":
+        core.add_request(name, {"prompt_token_ids": prompt}, sampling(40, trace))
+    finished, known, preempted = {}, {}, False
+    while core.has_unfinished_requests():
+        for output in core.step():
+            num_generated = len(output.outputs[0].token_ids)
+            known[output.request_id] = len(prompt) + num_generated
+            if output.finished:
+                finished[output.request_id] = as_generated(output)
+        if not preempted and set(known.values()) == {257}:
+            preempted = True
+            assert core.reset_prefix_cache(reset_running_requests=True)
+    assert preempted
+    return [finished["A"], finished["B"]]
 
 
 def attention_layers(llm) -> dict:
