@@ -26,6 +26,8 @@ inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 // Kernels copy 16 bytes at a time: pointers and strides must be multiples of that.
 inline void check_aligned(const char* op, const char* name, const void* pointer,
                           std::initializer_list<int64_t> strides) {
@@ -52,6 +54,8 @@ inline void check_decode_shapes(const char* op, const SemanticPages& pages,
   check_aligned(op, "centroids", pages.centroids,
                 {pages.centroid_block_stride, pages.centroid_head_stride,
                  pages.centroid_value_offset, pages.centroid_row_stride});
+  check_aligned(op, "cluster_ends", pages.cluster_ends,
+                {pages.ends_block_stride, pages.ends_head_stride});
 }
 
 // Calls launch(DecodeShape<...>{}) for the shape that the arguments have.

@@ -8,8 +8,9 @@
 namespace clusterkv::cuda {
 namespace {
 
-// Enough warps that all mean keys of a small batch are under way at once.
-constexpr int kBlocksPerMultiprocessor = 6;
+// As many as are resident at head size 128: enough that all mean keys of a small batch
+// are under way at once.
+constexpr int kBlocksPerMultiprocessor = 4;
 
 void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
                     Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, double scale,
@@ -24,9 +25,12 @@ void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor clus
   if (params.rows.num_reqs == 0 || num_tiles == 0) return;
   const LaunchContext context("score_clusters", kv_cache);
   const int64_t pairs = params.rows.num_reqs * params.pages.num_kv_heads;
-  const int64_t wanted = context.num_multiprocessors() * kBlocksPerMultiprocessor / pairs;
-  const int64_t useful = (num_tiles + kScoreWarps - 1) / kScoreWarps;
-  const dim3 grid(clamp(wanted, 1, useful), params.pages.num_kv_heads, params.rows.num_reqs);
+  const int64_t most = context.num_multiprocessors() * kBlocksPerMultiprocessor / pairs;
+  // Equal shares: a block more on some of the warps would cost as much as on all.
+  const int64_t tiles_a_warp = divide_up(num_tiles, clamp(most, 1, num_tiles) * kScoreWarps);
+  const dim3 grid(static_cast<unsigned>(divide_up(num_tiles, tiles_a_warp * kScoreWarps)),
+                  static_cast<unsigned>(params.pages.num_kv_heads),
+                  static_cast<unsigned>(params.rows.num_reqs));
   dispatch_decode(
       kv_cache.scalar_type(), "score_clusters", params.pages, params.rows, [&](auto shape) {
         using S = decltype(shape);

@@ -5,8 +5,9 @@
 //
 // A warp attends to tiles of 16 rows, each with its own running softmax. Keys are the
 // rows and query heads the columns of a fragment (S^T = K Q^T, O^T = V^T P^T), so up to
-// eight query heads fill a tensor core's tile. Tiles come to shared memory through
-// cp.async, kStages deep and for each warp apart: in the loop no warp waits for another.
+// eight query heads fill a tensor core's tile. Tiles come to shared memory by
+// asynchronous copies, kStages deep and for each warp apart: in the loop no warp waits
+// for another.
 //
 // A tile is one of
 //   exact rows   any 16 rows of the row's pages: sinks, selected clusters, tail page
@@ -15,8 +16,11 @@
 //                or minus infinity where a cluster was selected
 //
 // Split s of a sparse row has pages s, s + num_splits, ... and every num_splits-th tile
-// of the tail page. It takes its pages in windows of as many clusters as it has threads.
+// of the tail page. It takes its pages in windows of at most kWindowClusters clusters, a
+// single one as a rule.
 #pragma once
+
+#include <type_traits>
 
 #include "../params.h"
 #include "ptx.cuh"
@@ -32,21 +36,24 @@ struct DecodeTraits {
   static constexpr int kWarps = kHeadSize > 128 ? 2 : 4;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kStages = 2;
-  static constexpr int kChunks = kHeadSize / 4;  // of 16 bytes, in a row K | V
-  static constexpr int kStageBytes = kTileRows * kChunks * 16;
+  static constexpr int kRowBytes = kHeadSize * 4;  // K | V
+  // 16 bytes of padding: ldmatrix then reads eight rows from different banks.
+  static constexpr int kPitchBytes = kRowBytes + 16;
+  static constexpr int kStageBytes = kTileRows * kPitchBytes;
   static constexpr int kTileBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kMaxWindowPages = kThreads / 8;  // a page has 8 clusters or more
+  static constexpr int kClustersAThread = 8;  // of one page: pages have 8, 16 or 32
+  static constexpr int kWindowClusters = kThreads * kClustersAThread;
 };
 
 // What the threads of a block tell each other of a window.
 template <int kHeadSize>
 struct SparseShared {
   using Traits = DecodeTraits<kHeadSize>;
-  // Rows of the window and the tail page, slot * 256 + row. The tail page's slot is
-  // kMaxWindowPages.
-  uint16_t list[(Traits::kMaxWindowPages + 1) * kPageRows];
-  float log_counts[Traits::kThreads];  // minus infinity: no mean to attend to
-  int blocks[Traits::kMaxWindowPages];
+  // The selected clusters: page in the window * 256 + first row, and the rows of the
+  // selected clusters before.
+  uint16_t starts[Traits::kWindowClusters];
+  uint16_t rows_before[Traits::kWindowClusters];
+  float log_counts[Traits::kWindowClusters];  // of all; minus infinity: no mean
   int warp_totals[Traits::kWarps];
 };
 
@@ -71,21 +78,18 @@ struct WarpState {
   }
 };
 
-// Where a 16-byte chunk of a tile's row is: chunks are permuted within each group of
-// eight, so that ldmatrix reads eight rows from different banks.
-template <int kChunks>
-__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
-  return static_cast<uint32_t>(row * kChunks + (chunk ^ (row & 7))) * 16;
-}
-
 template <typename T, int kHeadSize, int kHeadTiles>
 struct DecodeWarp {
   using Traits = DecodeTraits<kHeadSize>;
   static constexpr int kSteps = kHeadSize / 16;
+  // fp16 knows no weights below 2^-24. All are raised by 2^12, and so is their sum.
+  static constexpr float kRaise = std::is_same_v<T, __half> ? 12.0f : 0.0f;
 
   WarpState<kHeadSize, kHeadTiles> state;
   uint32_t query[kHeadTiles][kSteps][2];
-  uint32_t stages;  // this warp's, in shared memory
+  uint32_t stages;        // this warp's, in shared memory
+  uint32_t barriers;      // of the stages
+  uint32_t parities = 0;  // of the phase under way, a bit a stage
   int lane, g, j;
 
   __device__ void load_query(const T* heads, int64_t head_stride, int group) {
@@ -102,22 +106,27 @@ struct DecodeWarp {
     }
   }
 
-  // Lanes 0 to 15 give the tile's rows, null for none (zeros). kKeys: K and V of a
-  // row, else V alone.
+  // Starts to copy a tile. Lanes 0 to 15 give its rows, null for none (zeros). kKeys: K
+  // and V of a row, else V alone.
   template <bool kKeys>
   __device__ void load_tile(const T* row_of_lane, int stage) {
-    constexpr int kCopied = kKeys ? Traits::kChunks : Traits::kChunks / 2;
-    constexpr int kFirst = Traits::kChunks - kCopied;
-    const uint32_t base = stages + stage * Traits::kStageBytes;
+    constexpr int kBytes = kKeys ? Traits::kRowBytes : Traits::kRowBytes / 2;
+    constexpr int kFirst = Traits::kRowBytes - kBytes, kChunks = kBytes / 16;
+    const uint32_t base = stages + stage * Traits::kStageBytes + kFirst;
     const uint64_t address = reinterpret_cast<uint64_t>(row_of_lane);
 #pragma unroll
-    for (int i = 0; i < kTileRows * kCopied / 32; ++i) {
-      const int copy = i * 32 + lane;
-      const int row = copy / kCopied, chunk = copy % kCopied;
+    for (int i = 0; i < kTileRows * kChunks / 32; ++i) {
+      const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
       const T* source = reinterpret_cast<const T*>(__shfl_sync(~0u, address, row));
-      cp_async_16(base + chunk_offset<Traits::kChunks>(row, kFirst + chunk), source + chunk * 8,
+      cp_async_16(base + row * Traits::kPitchBytes + chunk * 16, source + chunk * 8,
                   source != nullptr);
     }
+  }
+
+  // Waits for the stage's tile, of all but the last commit.
+  __device__ void wait_tile() const {
+    cp_async_wait<1>();
+    __syncwarp();
   }
 
   // Logits of a tile's keys, in base 2. Rows from num_valid on get minus infinity.
@@ -129,7 +138,7 @@ struct DecodeWarp {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       uint32_t keys[4];
-      ldmatrix_x4(keys, base + chunk_offset<Traits::kChunks>(row, k * 2 + half));
+      ldmatrix_x4(keys, base + row * Traits::kPitchBytes + (k * 2 + half) * 16);
 #pragma unroll
       for (int t = 0; t < kHeadTiles; ++t) {
         mma_m16n8k16<T>(acc[t], keys, query[t][k][0], query[t][k][1]);
@@ -158,8 +167,8 @@ struct DecodeWarp {
         max = fmaxf(max, state.max[t][c]);
         const float origin = max == -INFINITY ? 0.0f : max;
         decay[c] = fast_exp2(state.max[t][c] - origin);
-        p[c] = fast_exp2(logits[t][c] - origin);
-        p[c + 2] = fast_exp2(logits[t][c + 2] - origin);
+        p[c] = fast_exp2(logits[t][c] - origin + kRaise);
+        p[c + 2] = fast_exp2(logits[t][c + 2] - origin + kRaise);
         state.sum[t][c] = state.sum[t][c] * decay[c] + p[c] + p[c + 2];
         state.max[t][c] = max;
       }
@@ -181,7 +190,7 @@ struct DecodeWarp {
     for (int d = 0; d < kSteps; ++d) {
       uint32_t values[4];
       ldmatrix_x4_trans(values,
-                        base + chunk_offset<Traits::kChunks>(row, kHeadSize / 8 + d * 2 + half));
+                        base + row * Traits::kPitchBytes + kHeadSize * 2 + (d * 2 + half) * 16);
 #pragma unroll
       for (int t = 0; t < kHeadTiles; ++t) {
         mma_m16n8k16<T>(state.out[t][d], values, weights[t][0], weights[t][1]);
@@ -227,8 +236,7 @@ __device__ void attend_densely(const SparseDecodeParams& p, const DecodeRow<T>& 
   for (int tile = first; tile < num_tiles; tile += step) {
     if (tile + step < num_tiles) load(tile + step, stage ^ 1);
     cp_async_commit();
-    cp_async_wait<1>();
-    __syncwarp();
+    warp.wait_tile();
     float logits[kHeadTiles][4];
     warp.score_tile(stage, row.seq_len - tile * kTileRows, p.scale, logits);
     warp.attend_tile(stage, logits);
@@ -237,28 +245,29 @@ __device__ void attend_densely(const SparseDecodeParams& p, const DecodeRow<T>& 
   }
 }
 
-// A window's clusters, one a thread: what the list and the means need to know of them.
-struct WindowCluster {
-  int page;  // in the row; -1 if the window has no cluster for this thread
-  int64_t block;
-  int start;  // first row in the page
-  int count;  // rows; 0 if empty
+// Eight consecutive clusters of one page, a thread's share of a window.
+struct WindowClusters {
+  int first;         // in the row; -1 for none
+  int start;         // first row in the page
+  uint16_t ends[8];  // as cluster_ends
 };
 
 // What is known before the selection is.
 template <typename T>
-__device__ WindowCluster find_cluster(const SparseDecodeParams& p, const DecodeRow<T>& row,
-                                      int first_page, int num_window_pages) {
+__device__ __forceinline__ WindowClusters find_clusters(const SparseDecodeParams& p,
+                                                        const DecodeRow<T>& row, int first_page,
+                                                        int num_window_pages) {
   const int num_clusters = static_cast<int>(p.pages.num_clusters);
-  const int slot = static_cast<int>(threadIdx.x) / num_clusters, c = threadIdx.x % num_clusters;
-  WindowCluster found{-1, 0, 0, 0};
+  const int slot = static_cast<int>(threadIdx.x) * 8 / num_clusters;
+  const int c = static_cast<int>(threadIdx.x) * 8 % num_clusters;
+  WindowClusters found{};
+  found.first = -1;
   if (slot < num_window_pages) {
-    found.page = first_page + slot * static_cast<int>(p.num_splits);
-    found.block = row.block_table[found.page];
-    const int16_t* ends = row.cluster_ends + found.block * p.pages.ends_block_stride;
-    const int sinks = found.page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
-    found.start = c > 0 ? ends[c - 1] : sinks;
-    found.count = ends[c] - found.start;
+    const int page = first_page + slot * static_cast<int>(p.num_splits);
+    const int16_t* ends = row.cluster_ends + row.block_table[page] * p.pages.ends_block_stride;
+    found.first = page * num_clusters + c;
+    found.start = c > 0 ? ends[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+    *reinterpret_cast<uint4*>(found.ends) = *reinterpret_cast<const uint4*>(ends + c);
   }
   return found;
 }
@@ -269,133 +278,154 @@ __device__ void attend_sparsely(const SparseDecodeParams& p, const DecodeRow<T>&
                                 SparseShared<kHeadSize>& shared,
                                 DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
   using Traits = DecodeTraits<kHeadSize>;
+  constexpr int kStep = Traits::kWarps;
   const int num_splits = static_cast<int>(p.num_splits), split = blockIdx.x;
   const int num_clusters = static_cast<int>(p.pages.num_clusters);
   const int log_clusters = 31 - __clz(num_clusters);
-  const int max_window_pages = Traits::kThreads >> log_clusters;
+  const int max_window_pages = Traits::kWindowClusters >> log_clusters;
   const int own_pages = row.num_pages > split ? (row.num_pages - 1 - split) / num_splits + 1 : 0;
   const int thread = threadIdx.x, lane = warp.lane, warp_index = thread / 32;
-  const int tail_rows = row.seq_len - row.num_pages * kPageRows;
-  const int64_t tail_block = row.block_table[row.num_pages];
 
-  WindowCluster next = find_cluster(p, row, split, min(max_window_pages, own_pages));
+  // The tail page's tiles are dealt from the last split on: it has the fewest pages.
+  const int all_tail_rows = row.seq_len - row.num_pages * kPageRows;
+  const int first_tail_tile = num_splits - 1 - split;
+  int num_tail_rows = 0;
+  for (int tile = first_tail_tile; tile * kTileRows < all_tail_rows; tile += num_splits) {
+    num_tail_rows += min(kTileRows, all_tail_rows - tile * kTileRows);
+  }
+
   for (int window = 0; window == 0 || window < own_pages; window += max_window_pages) {
-    const WindowCluster cluster = next;
     const int first_page = split + window * num_splits;
     const int window_pages = max(0, min(max_window_pages, own_pages - window));
     const int num_means = p.tail_estimate ? window_pages << log_clusters : 0;
     const int mean_tiles = (num_means + kTileRows - 1) / kTileRows;
-    const int slot = thread >> log_clusters;
-    if (cluster.page >= 0 && (thread & (num_clusters - 1)) == 0) {
-      shared.blocks[slot] = static_cast<int>(cluster.block);
-    }
-    __syncthreads();
-
-    // Row `mean` of the means, and its index among the scores of the row.
-    const auto score_index = [&](int mean) {
-      return (first_page + (mean >> log_clusters) * num_splits) * num_clusters +
-             (mean & (num_clusters - 1));
-    };
-    const auto load_means = [&](int tile, int stage) {
+    const auto page_of = [&](int slot) { return first_page + slot * num_splits; };
+    const auto mean_of_lane = [&](int tile) -> const T* {
       const int mean = tile * kTileRows + lane;
-      const T* source = nullptr;
-      if (lane < kTileRows && mean < num_means) {
-        source = row.mean_values +
-                 shared.blocks[mean >> log_clusters] * p.pages.centroid_block_stride +
-                 (mean & (num_clusters - 1)) * p.pages.centroid_row_stride;
-      }
-      warp.template load_tile<false>(source, stage);
+      if (lane >= kTileRows || mean >= num_means) return nullptr;
+      const int64_t block = row.block_table[page_of(mean >> log_clusters)];
+      return row.mean_values + block * p.pages.centroid_block_stride +
+             (mean & (num_clusters - 1)) * p.pages.centroid_row_stride;
     };
 
     // Means do not depend on the selection: they are fetched before it is there.
-    if (warp_index < mean_tiles) load_means(warp_index, 0);
+    const WindowClusters clusters = find_clusters(p, row, first_page, window_pages);
+    if (warp_index < mean_tiles) warp.template load_tile<false>(mean_of_lane(warp_index), 0);
     cp_async_commit();
     if (window == 0) wait_for_previous_kernel();
-    const bool selected = cluster.page >= 0 &&
-                          row.selected[cluster.page * num_clusters + (thread & (num_clusters - 1))];
-    shared.log_counts[thread] =
-        selected || cluster.count == 0 ? -INFINITY : log2f(static_cast<float>(cluster.count));
 
-    // The rows to attend to exactly, as slot * 256 + row: sinks, clusters, tail page.
-    const int count = selected ? cluster.count : 0;
-    int inclusive = count;
+    uint64_t selected = 0;  // a byte a cluster
+    if (clusters.first >= 0) {
+      selected = *reinterpret_cast<const uint64_t*>(row.selected + clusters.first);
+    }
+    int own = 0;  // selected clusters * 2^16 + their rows
+    int start = clusters.start;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int count = clusters.ends[i] - start;
+      const bool is_selected = selected >> (8 * i) & 1;
+      start = clusters.ends[i];
+      own += is_selected && count > 0 ? 1 << 16 | count : 0;
+      shared.log_counts[thread * 8 + i] =
+          is_selected || count <= 0 ? -INFINITY : log2f(static_cast<float>(count));
+    }
+    int inclusive = own;
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) {
       const int other = __shfl_up_sync(~0u, inclusive, i);
       if (lane >= i) inclusive += other;
     }
     if (lane == 31) shared.warp_totals[warp_index] = inclusive;
-    const int sinks = first_page == 0 && window_pages > 0 ? static_cast<int>(p.num_sink_tokens) : 0;
-    for (int i = thread; i < sinks; i += Traits::kThreads) {
-      shared.list[i] = static_cast<uint16_t>(i);
-    }
     __syncthreads();
-    int num_rows = sinks, position = sinks + inclusive - count;
+    int before = inclusive - own, total = 0;
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w) {
-      if (w < warp_index) position += shared.warp_totals[w];
-      num_rows += shared.warp_totals[w];
+      if (w < warp_index) before += shared.warp_totals[w];
+      total += shared.warp_totals[w];
     }
-    const int code = slot * kPageRows + cluster.start;
-    for (int i = 0; i < count; ++i) shared.list[position + i] = static_cast<uint16_t>(code + i);
-    if (window == 0) {
-      // Splits with fewer pages come first.
-      for (int tile = num_splits - 1 - split; tile * kTileRows < tail_rows; tile += num_splits) {
-        const int i = tile * kTileRows + thread;
-        if (thread < kTileRows && i < tail_rows) {
-          shared.list[num_rows + thread] =
-              static_cast<uint16_t>(Traits::kMaxWindowPages * kPageRows + i);
-        }
-        num_rows += min(kTileRows, tail_rows - tile * kTileRows);
+    start = clusters.start;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int count = clusters.ends[i] - start;
+      if (selected >> (8 * i) & 1 && count > 0) {
+        shared.starts[before >> 16] =
+            static_cast<uint16_t>((thread * 8 >> log_clusters) * kPageRows + start);
+        shared.rows_before[before >> 16] = static_cast<uint16_t>(before);
+        before += 1 << 16 | count;
       }
+      start = clusters.ends[i];
     }
     __syncthreads();
 
-    const auto load_rows = [&](int tile, int stage) {
-      const int i = tile * kTileRows + lane;
-      const T* source = nullptr;
-      if (lane < kTileRows && i < num_rows) {
-        const int at = shared.list[i], slot = at / kPageRows;
-        const int64_t block =
-            slot == Traits::kMaxWindowPages ? tail_block : int64_t{shared.blocks[slot]};
-        source = row.kv + block * p.pages.kv_block_stride + at % kPageRows * p.pages.kv_row_stride;
+    // Exact rows: sinks, selected clusters, tail page.
+    const int num_selected = total >> 16, selected_rows = total & 0xffff;
+    const int sinks = first_page == 0 && window_pages > 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+    const int num_rows = sinks + selected_rows + (window == 0 ? num_tail_rows : 0);
+    const auto row_of_lane = [&](int tile) -> const T* {
+      int i = tile * kTileRows + lane;
+      if (lane >= kTileRows || i >= num_rows) return nullptr;
+      int page, at;
+      if (i < sinks) {
+        page = 0;
+        at = i;
+      } else if ((i -= sinks) < selected_rows) {
+        int entry = 0;  // the last one with rows_before <= i
+        for (int step = 1 << (31 - __clz(num_selected)); step > 0; step /= 2) {
+          if (entry + step < num_selected && shared.rows_before[entry + step] <= i) entry += step;
+        }
+        at = shared.starts[entry] + i - shared.rows_before[entry];
+        page = page_of(at / kPageRows);
+        at %= kPageRows;
+      } else {
+        i -= selected_rows;
+        page = row.num_pages;
+        at = (first_tail_tile + i / kTileRows * num_splits) * kTileRows + i % kTileRows;
       }
-      warp.template load_tile<true>(source, stage);
+      return row.kv + int64_t{row.block_table[page]} * p.pages.kv_block_stride +
+             at * p.pages.kv_row_stride;
     };
     // Scores of a tile of means: of rows g and g + 8, and this thread's heads.
     const auto load_scores = [&](int tile, float (&scores)[kHeadTiles][4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int mean = min(tile * kTileRows + warp.g + i / 2 * 8, num_means - 1);
+        const int cluster =
+            page_of(mean >> log_clusters) * num_clusters + (mean & (num_clusters - 1));
 #pragma unroll
         for (int t = 0; t < kHeadTiles; ++t) {
           const int head = min(t * 8 + warp.j * 2 + i % 2, row.group - 1);
-          scores[t][i] = row.scores[head * p.max_clusters + score_index(mean)];
+          scores[t][i] = row.scores[head * p.max_clusters + cluster];
         }
       }
     };
+
+    // One tile is attended to, one is on its way, of one more the rows are looked up.
+    const int num_tiles = mean_tiles + (num_rows + kTileRows - 1) / kTileRows;
     float next_scores[kHeadTiles][4];
-    const auto load = [&](int tile, int stage) {
-      if (tile < mean_tiles) {
-        load_means(tile, stage);
-        load_scores(tile, next_scores);
-      } else {
-        load_rows(tile - mean_tiles, stage);
+    const T* source = nullptr;  // of this lane, in the tile to fetch next
+    const auto look_up = [&](int tile) {
+      if (tile < num_tiles) {
+        source = tile < mean_tiles ? mean_of_lane(tile) : row_of_lane(tile - mean_tiles);
       }
     };
-
-    const int num_tiles = mean_tiles + (num_rows + kTileRows - 1) / kTileRows;
+    const auto load = [&](int tile, int stage) {
+      if (tile < mean_tiles) {
+        warp.template load_tile<false>(source, stage);
+        load_scores(tile, next_scores);
+      } else if (tile < num_tiles) {
+        warp.template load_tile<true>(source, stage);
+      }
+    };
     if (warp_index < mean_tiles) {
       load_scores(warp_index, next_scores);
-    } else if (warp_index < num_tiles) {
-      load_rows(warp_index - mean_tiles, 0);
+    } else {
+      look_up(warp_index);
+      load(warp_index, 0);
     }
     cp_async_commit();
-    const int next_window = window + max_window_pages;
-    next = find_cluster(p, row, split + next_window * num_splits,
-                        max(0, min(max_window_pages, own_pages - next_window)));
+    look_up(warp_index + kStep);
     int stage = 0;
-    for (int tile = warp_index; tile < num_tiles; tile += Traits::kWarps) {
+    for (int tile = warp_index; tile < num_tiles; tile += kStep) {
       float logits[kHeadTiles][4];
       if (tile < mean_tiles) {
 #pragma unroll
@@ -409,10 +439,10 @@ __device__ void attend_sparsely(const SparseDecodeParams& p, const DecodeRow<T>&
           }
         }
       }
-      if (tile + Traits::kWarps < num_tiles) load(tile + Traits::kWarps, stage ^ 1);
+      load(tile + kStep, stage ^ 1);
       cp_async_commit();
-      cp_async_wait<1>();
-      __syncwarp();
+      look_up(tile + 2 * kStep);
+      warp.wait_tile();
       if (tile >= mean_tiles) {
         warp.score_tile(stage, num_rows - (tile - mean_tiles) * kTileRows, p.scale, logits);
       }
@@ -436,48 +466,53 @@ __device__ void write_partial(const SparseDecodeParams& p, int64_t first_head, i
   float* maxima = out + kWarps * kHeads * kPitch;  // [kWarps, kHeads]
   float* sums = maxima + kWarps * kHeads;
   const int warp_index = threadIdx.x / 32;
-  cp_async_wait<0>();
   __syncthreads();
 #pragma unroll
   for (int t = 0; t < kHeadTiles; ++t) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int head = warp_index * kHeads + t * 8 + warp.j * 2 + c;
+      const int head = t * 8 + warp.j * 2 + c, at = warp_index * kHeads + head;
       float sum = warp.state.sum[t][c];
 #pragma unroll
       for (int i = 4; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+      if (head >= group) continue;
       if (warp.g == 0) {
-        maxima[head] = warp.state.max[t][c];
-        sums[head] = sum;
+        maxima[at] = warp.state.max[t][c];
+        sums[at] = sum;
       }
 #pragma unroll
       for (int d = 0; d < kHeadSize / 16; ++d) {
-        out[head * kPitch + d * 16 + warp.g] = warp.state.out[t][d][c];
-        out[head * kPitch + d * 16 + warp.g + 8] = warp.state.out[t][d][c + 2];
+        out[at * kPitch + d * 16 + warp.g] = warp.state.out[t][d][c];
+        out[at * kPitch + d * 16 + warp.g + 8] = warp.state.out[t][d][c + 2];
       }
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < group * kHeadSize; i += Traits::kThreads) {
+  constexpr int kAtOnce = 4;  // elements a thread
+  for (int i = threadIdx.x * kAtOnce; i < group * kHeadSize; i += Traits::kThreads * kAtOnce) {
     const int head = i / kHeadSize, d = i % kHeadSize;
     float max = -INFINITY;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) max = fmaxf(max, maxima[w * kHeads + head]);
     const float origin = max == -INFINITY ? 0.0f : max;
-    float value = 0.0f, sum = 0.0f;
+    float4 value{0.0f, 0.0f, 0.0f, 0.0f};
+    float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float weight = fast_exp2(maxima[w * kHeads + head] - origin);
-      value += weight * out[(w * kHeads + head) * kPitch + d];
+      const float4 of_warp =
+          *reinterpret_cast<const float4*>(out + (w * kHeads + head) * kPitch + d);
+      value.x += weight * of_warp.x;
+      value.y += weight * of_warp.y;
+      value.z += weight * of_warp.z;
+      value.w += weight * of_warp.w;
       sum += weight * sums[w * kHeads + head];
     }
     float* partial =
         p.workspace + ((first_head + head) * p.num_splits + blockIdx.x) * (kHeadSize + 2);
-    partial[d] = value;
-    if (d == 0) {
-      partial[kHeadSize] = max;
-      partial[kHeadSize + 1] = sum;
-    }
+    *reinterpret_cast<float2*>(partial + d) = make_float2(value.x, value.y);
+    *reinterpret_cast<float2*>(partial + d + 2) = make_float2(value.z, value.w);
+    if (d == 0) *reinterpret_cast<float2*>(partial + kHeadSize) = make_float2(max, sum);
   }
 }
 
@@ -543,8 +578,10 @@ __global__ void __launch_bounds__(kHeadSize) merge_splits_kernel(const SparseDec
     float values[32];
 #pragma unroll
     for (int s = 0; s < 32; ++s) {
-      const int split = min(first + s, num_splits - 1);
-      values[s] = load_now(partials + split * (kHeadSize + 2) + threadIdx.x);
+      values[s] = 0.0f;
+      if (first + s < num_splits) {
+        values[s] = load_now(partials + (first + s) * (kHeadSize + 2) + threadIdx.x);
+      }
     }
     float higher = own_max;
 #pragma unroll

@@ -24,7 +24,22 @@ SMALL = cases.DecodeCase((257, 300), group=2)
 NEAR_TIE = 1e-5  # relative; kernels may compute exp and the sums as they like
 
 
-@pytest.mark.parametrize("case", cases.ALL, ids=str)
+# More clusters than a CUDA block has registers for, and nearly as many.
+LONG = [
+    cases.DecodeCase(
+        (150_000,), num_kv_heads=1, group=16, tokens_per_cluster=8, token_budget=1024
+    ),
+    cases.DecodeCase(
+        (60_000, 20_000),
+        num_kv_heads=1,
+        group=5,
+        tokens_per_cluster=8,
+        token_budget=999,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", cases.ALL + LONG, ids=str)
 def test_selection_matches_the_reference(case, device):
     inputs = make_decode_inputs(case)
     scores = inputs.score(reference)

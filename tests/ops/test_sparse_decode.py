@@ -127,8 +127,10 @@ def test_most_weights_underflow(dtype, spread, device):
     expected = inputs.decode(reference, scores, selected, out_dtype=torch.float32)
     for num_splits in (1, 4):
         actual = inputs.to(device).decode(ops, scores, selected, num_splits=num_splits)
-        rtol = torch.finfo(dtype).eps
-        torch.testing.assert_close(actual.cpu().float(), expected, rtol=rtol, atol=1e-3)
+        eps = torch.finfo(dtype).eps  # kernels may round weights to the dtype
+        torch.testing.assert_close(
+            actual.cpu().float(), expected, rtol=eps, atol=max(1e-3, eps)
+        )
 
 
 @pytest.mark.parametrize("num_splits", [1, 3, 16])
