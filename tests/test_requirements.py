@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -81,6 +82,16 @@ def test_page_size_is_set_without_a_flag(create_config):
 def test_other_backends_are_left_alone(create_config):
     assert create_config(backend=None, block_size=32).cache_config.block_size == 32
     create_config(backend=None, settings={"no_such_setting": 1})
+
+
+def test_views_for_submodels_are_left_alone(create_config):
+    # As of an audio encoder, whose attention is not the backend's.
+    config = create_config()
+    tower = AutoConfig.for_model(**MISTRAL | {"architectures": None})
+    config.model_config.hf_text_config = tower
+    view = config.with_hf_config(tower)
+    assert view.model_config.is_submodel_config
+    assert view.cache_config.block_size == 256
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
 
 - ``VllmConfig.__post_init__``: sets the page size before vLLM resolves it, and
   refuses what the backend does not support before any worker starts. No hook runs
-  for a whole configuration.
+  for a whole configuration. The views of it that multimodal models make for their
+  parts are left alone, as vLLM leaves them: the whole is checked already.
 - ``AsyncLLM._validate_resumable_request``, on CUDA: refuses streaming input under
   asynchronous scheduling. vLLM has no flag for it, and no hook for one request.
 - ``CpuPlatform.get_attn_backend_cls``: the CPU platform ignores every selected
@@ -34,7 +35,7 @@ def _wrap_config(member: AttentionBackendEnum) -> None:
 
     @functools.wraps(original)
     def post_init(self: VllmConfig, *args, **kwargs) -> None:
-        if _is_selected(member, self):
+        if _is_selected(member, self) and not _is_submodel_view(self):
             requirements.set_page_size(self.cache_config)
             requirements.check_config(self)
             if current_platform.is_cuda():
@@ -47,6 +48,11 @@ def _wrap_config(member: AttentionBackendEnum) -> None:
 def _is_selected(member: AttentionBackendEnum, vllm_config: VllmConfig) -> bool:
     attention = vllm_config.attention_config
     return member in (attention.backend, *attention.backend_per_kind.values())
+
+
+def _is_submodel_view(vllm_config: VllmConfig) -> bool:
+    model_config = vllm_config.model_config
+    return model_config is not None and model_config.is_submodel_config
 
 
 @functools.cache
