@@ -65,7 +65,7 @@ def builder(monkeypatch):
     vllm_config = SimpleNamespace(
         additional_config={"clusterkv": settings},
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQS),
-        parallel_config=SimpleNamespace(rank=0),
+        parallel_config=SimpleNamespace(rank=0, data_parallel_index=0),
         compilation_config=SimpleNamespace(
             static_forward_context={"layer": SimpleNamespace(kv_cache=kv_cache)}
         ),

@@ -28,7 +28,7 @@ class ClusterKVConfig:
             is more.
         stats_path: File that receives one JSON line a decode step with the context
             and the attended tokens of each request; None for no file. For demos and
-            debugging.
+            debugging. With data parallelism, of the first replica alone.
     """
 
     token_budget: int = 1024

@@ -115,9 +115,8 @@ class ClusterKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             kv_cache_spec.dtype,
         )
         log_settings(self.config, self.layout)
-        is_first_rank = vllm_config.parallel_config.rank == 0
         observe.set_stats_file(
-            self.config.stats_path if is_first_rank else None, layer_names
+            self.config.stats_path, layer_names, vllm_config.parallel_config
         )
 
     def build(  # type: ignore[override]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from vllm.config import ParallelConfig
 
 from vllm_clusterkv.config import ClusterKVConfig
 
@@ -82,12 +83,18 @@ class StatsWriter:
         self._file.close()
 
 
-def set_stats_file(path: str | None, layer_names: list[str]) -> None:
+def set_stats_file(
+    path: str | None, layer_names: list[str], parallel_config: ParallelConfig
+) -> None:
     """Installs a ``StatsWriter`` in place of that of an earlier engine, or none.
+
+    Only the first process of the first data-parallel replica gets one: lines of
+    several would be mixed up.
 
     Args:
         path: The file, appended to; None to write no statistics.
         layer_names: The engine's attention layers in the order in which they run.
+        parallel_config: Says which process this is.
 
     Raises:
         ValueError: The file cannot be written.
@@ -95,5 +102,7 @@ def set_stats_file(path: str | None, layer_names: list[str]) -> None:
     for observer in [o for o in observers if isinstance(o, StatsWriter)]:
         observers.remove(observer)
         observer.close()
-    if path is not None:
+    # Not data_parallel_rank, which vLLM sets to 0 in replicas of dense models.
+    is_first = parallel_config.rank == parallel_config.data_parallel_index == 0
+    if path is not None and is_first:
         observers.append(StatsWriter(path, layer_names))
