@@ -122,6 +122,8 @@ class Tables:
             block_table_tensor=self.block_table[:num_reqs],
             slot_mapping=torch.arange(num_tokens),
             is_prefilling=torch.tensor(prefilling),
+            positions=torch.arange(num_tokens),
+            req_idx=np.arange(num_real),
         )
 
 
@@ -177,7 +179,17 @@ def test_mixed_batch(builder, indexed):
     assert prefill.max_query_len == 300 and prefill.max_seq_len == 356
     assert prefill.block_table_tensor[:, 0].tolist() == [5, 30]
     assert prefill.slot_mapping.tolist() == list(range(3, 403))
+    assert prefill.positions.tolist() == list(range(3, 403))
+    assert prefill.is_prefilling.tolist() == [True, True]
+    assert prefill.req_idx.tolist() == [3, 4]
     assert metadata.pages["layer"].kv_cache is builder._kv_cache
+
+
+def test_caches_of_the_whole_batch_do_not_reach_prefill(builder):
+    batch = Tables().batch([700, 256], [1, 100], [False, True], [0, 10])
+    assert batch.compute_num_computed_tokens().tolist() == [700, 256]
+    prefill = builder.build(0, batch).prefill
+    assert prefill.compute_num_computed_tokens().tolist() == [256]
 
 
 def test_prefill_only(builder):

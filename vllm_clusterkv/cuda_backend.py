@@ -200,7 +200,11 @@ class ClusterKVCUDAMetadataBuilder(AttentionMetadataBuilder[ClusterKVCUDAMetadat
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> ClusterKVCUDAMetadata:
-        """For a dummy batch: leaves what is pending, and the live rows' lengths."""
+        """For the dummy batch of a FULL graph: leaves pages and lengths alone.
+
+        The dummy batch of a PIECEWISE graph goes through ``build``, which it does no
+        harm to: it fills no pages (``docs/indexing.md``).
+        """
         self._bind_pages()
         return self._split(common_attn_metadata)
 
@@ -312,6 +316,15 @@ class ClusterKVCUDAMetadataBuilder(AttentionMetadataBuilder[ClusterKVCUDAMetadat
             num_actual_tokens=batch.num_actual_tokens - num_decode_tokens,
             block_table_tensor=batch.block_table_tensor[rows],
             slot_mapping=batch.slot_mapping[num_decode_tokens:],
+            positions=(
+                None if batch.positions is None else batch.positions[num_decode_tokens:]
+            ),
+            is_prefilling=(
+                None if batch.is_prefilling is None else batch.is_prefilling[rows]
+            ),
+            req_idx=None if batch.req_idx is None else batch.req_idx[rows],
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
         )
         return self.dense.build(0, prefill_batch)
 
