@@ -60,7 +60,7 @@ from vllm_clusterkv.indexing import (
 )
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
-CROSSOVER_LEN = 2048
+CROSSOVER_LEN = 4096
 """Tokens from which selecting pays on a GPU."""
 
 MAX_SCRATCH_BYTES = 256 << 20

@@ -212,7 +212,7 @@ struct Selection {
       float highest[kHeadsAtOnce], sum[kHeadsAtOnce];
 #pragma unroll
       for (int h = 0; h < kHeadsAtOnce; ++h) {
-        highest[h] = from_ordered_bits(s.max_bits[min(first + h, row.group - 1)]) * kLog2e;
+        highest[h] = from_ordered_bits(s.max_bits[min(first + h, row.group - 1)]);
         sum[h] = 0.0f;
       }
 #pragma unroll 2
@@ -220,7 +220,7 @@ struct Selection {
         const int count = max(tokens(c), 0);
 #pragma unroll
         for (int h = 0; h < kHeadsAtOnce; ++h) {
-          const float exp = fast_exp2(row.score(first + h, c) * kLog2e - highest[h]);
+          const float exp = fast_exp2((row.score(first + h, c) - highest[h]) * kLog2e);
           sum[h] += count > 0 ? count * exp : 0.0f;
         }
       }

@@ -11,57 +11,32 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.engine_jobs import (
-    DECODE_GRAPHS,
-    EAGER,
-    SMALL_BUDGET,
-    Round,
-    in_own_process,
-    run_rounds,
-)
 from tests.support.logprobs import assert_near
-from tests.support.prompts import needle_prompt
 
 pytestmark = [pytest.mark.e2e, pytest.mark.gpu]
 
-POSITIONS = [0.1, 0.5, 0.9]
 
-
-@pytest.fixture(scope="module")
-def rounds(replays, tokenizer, text_ids):
-    needles = [needle_prompt(tokenizer, text_ids, position) for position in POSITIONS]
-    named = {name: replays[name] for name in ("long", "full_batch")}
-    again = {f"{name} again": replace(named[name], forget=True) for name in named}
-    return named | again | {"needles": Round(needles, 16)}
-
-
-@pytest.fixture(scope="module")
-def small(model_path, rounds):
-    return in_own_process(
-        run_rounds, model_path, rounds, **SMALL_BUDGET, **DECODE_GRAPHS
-    )
-
-
-def test_hidden_facts_are_found(small):
-    for answer in small.rounds["needles"]:
+def test_hidden_facts_are_found(outcome):
+    for answer in outcome("small graphs").rounds["needles"]:
         assert "7421" in answer.text
 
 
 @pytest.mark.parametrize("name", ["long", "full_batch"])
-def test_finite_and_repeatable(small, name):
-    first, second = small.rounds[name], small.rounds[f"{name} again"]
+def test_finite_and_repeatable(outcome, name):
+    rounds = outcome("small graphs").rounds
+    first, second = rounds[name], rounds[f"{name} again"]
     assert first == [replace(a, num_cached_tokens=0) for a in second]
     assert all(math.isfinite(p) for answer in first for p in answer.logprobs)
 
 
-def test_graphs_and_eager_agree(model_path, rounds, small):
-    names = ["long", "full_batch"]
-    eager = in_own_process(
-        run_rounds,
-        model_path,
-        {name: rounds[name] for name in names},
-        **SMALL_BUDGET,
-        **EAGER,
-    )
-    for name in names:
-        assert_near(small.rounds[name], eager.rounds[name])
+def test_full_batch_is_replayed(outcome):
+    assert 64 in outcome("small graphs").full_replays["full_batch"]
+
+
+def test_graphs_and_eager_agree(outcome):
+    graphs = outcome("small graphs").rounds
+    eager = outcome("small eager").rounds
+    assert_near(graphs["long"], eager["long"])
+    # A graph's padding changes the shapes that cuBLAS sees, and the splits of a row.
+    # At the edge of the budget, rounding decides which clusters are attended to.
+    assert_near(graphs["full_batch"], eager["full_batch"], max_difference=0.5)

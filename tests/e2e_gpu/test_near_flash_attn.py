@@ -8,19 +8,11 @@ garbage before the first request.
 """
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 
-from tests.support.engine import clusterkv
-from tests.support.engine_jobs import (
-    CHUNK,
-    COVERING,
-    DECODE_GRAPHS,
-    EAGER,
-    GRAPHS,
-    in_own_process,
-    run_rounds,
-)
+from tests.support.engine_jobs import CAPTURE_SIZES
 from tests.support.logprobs import assert_near
 
 pytestmark = [pytest.mark.e2e, pytest.mark.gpu]
@@ -35,103 +27,82 @@ ROUNDS = [
     "full_batch",
 ]
 
-MODES = {"graphs": GRAPHS, "eager": EAGER}
+MODES = ["graphs", "eager"]
 
 
-@pytest.fixture(scope="module")
-def covering(model_path, replays):
-    """Outcomes of the covering budget, by mode; engines start when asked for."""
-    outcomes = {}
-
-    def get(mode):
-        if mode not in outcomes:
-            alone = replace(
-                replays["full_batch"],
-                prompts=replays["full_batch"].prompts[::9],
-                traces=replays["full_batch"].traces[::9],
-                one_by_one=True,
-                forget=True,
-            )
-            outcomes[mode] = in_own_process(
-                run_rounds,
-                model_path,
-                replays | {"alone": alone},
-                **COVERING,
-                **MODES[mode],
-            )
-        return outcomes[mode]
-
-    return get
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "long",
-        "ragged",
-        "shared",
-        "shared_suffixes",
-        "crowd",
-        "last_token",
-        "full_batch",
-    ],
-)
+@pytest.mark.parametrize("name", ROUNDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_near_flash_attn(covering, dense, mode, name):
-    assert_near(covering(mode).rounds[name], dense.rounds[name])
+def test_near_flash_attn(outcome, mode, name):
+    assert_near(outcome(mode).rounds[name], outcome("dense").rounds[name])
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_prefix_hits_are_whole_pages(covering, mode):
-    rounds = covering(mode).rounds
+def test_prefix_hits_are_whole_pages(outcome, mode):
+    rounds = outcome(mode).rounds
     assert [a.num_cached_tokens for a in rounds["shared_suffixes"]] == [1280, 1280]
     assert [a.num_cached_tokens for a in rounds["last_token"]] == [1280]
 
 
-def test_graphs_and_eager_agree(covering):
-    graphs, eager = covering("graphs").rounds, covering("eager").rounds
+def test_graphs_and_eager_agree(outcome):
+    graphs, eager = outcome("graphs").rounds, outcome("eager").rounds
     for name in graphs:
         assert_near(graphs[name], eager[name])
 
 
+def test_graphs_are_replayed(outcome):
+    replays = outcome("graphs").full_replays
+    # Each graph, and the largest without padding.
+    used = {
+        min(size for size in CAPTURE_SIZES if size >= num_rows)
+        for num_rows in chain.from_iterable(replays.values())
+    }
+    assert used == set(CAPTURE_SIZES)
+    assert 64 in replays["full_batch"]
+    # Its last token of prompt, and the 19 that decode.
+    assert replays["last_token"] == [1] * 20
+    assert not any(outcome("eager").full_replays.values())
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_batches_of_1_and_64_agree(covering, mode):
-    rounds = covering(mode).rounds
-    assert_near(rounds["alone"], rounds["full_batch"][::9])
+def test_batches_of_1_and_64_agree(outcome, mode):
+    rounds = outcome(mode).rounds
+    assert_near(rounds["alone"], rounds["full_batch"][::16])
 
 
-def test_default_settings_attend_short_contexts_densely(model_path, replays, dense):
-    names = ["ragged", "crowd"]
-    outcome = in_own_process(
-        run_rounds,
-        model_path,
-        {name: replays[name] for name in names},
-        **CHUNK,
-        **clusterkv(),
-        **DECODE_GRAPHS,
-    )
-    for name in names:
-        assert_near(outcome.rounds[name], dense.rounds[name])
+@pytest.mark.parametrize("name", ["ragged", "crowd"])
+def test_default_settings_attend_short_contexts_densely(outcome, name):
+    assert_near(outcome("default").rounds[name], outcome("dense").rounds[name])
 
 
-def test_preempted_requests(model_path, replays, dense, text_ids):
-    """Eight pages for four requests of two pages each, which all need a third.
+def test_preempted_requests(outcome):
+    """Eight pages for four requests of two pages each, which all need a third."""
+    few_pages, dense = outcome("few pages"), outcome("dense")
+    assert few_pages.num_preemptions > 0
+    assert_near(few_pages.rounds["crowd"], dense.rounds["crowd"])
 
-    Then twins, preempted with 257 tokens known: the second is resumed in a decode
-    graph, over a page that the first fills in the same step.
+
+def test_twins_resumed_in_the_step_that_fills_their_page(outcome):
+    """The second has one token left, over a page that the first computes again.
+
+    The step is eager, since the first has 257 tokens to compute.
     """
-    expected = dense.twins
-    outcome = in_own_process(
-        run_rounds,
-        model_path,
-        {"crowd": replays["crowd"]},
-        twins=(text_ids[:240], expected[0].token_ids),
-        **COVERING,
-        **DECODE_GRAPHS,
-        max_model_len=1024,
-        num_gpu_blocks_override=9,
-        async_scheduling=False,
+    [expected] = outcome("dense").rounds["page_end"]
+    assert_near(outcome("few pages").rounds["twins"], [expected, expected])
+
+
+def test_page_shared_by_the_graph_that_fills_it(outcome):
+    few_pages = outcome("few pages")
+    first, second = few_pages.rounds["follower"]
+    [expected] = outcome("dense").rounds["page_end"]
+    assert_near([first], [expected])
+    # The second begins behind the 17th token that the first generates.
+    assert second.num_cached_tokens == 256
+    rest = replace(
+        expected,
+        token_ids=expected.token_ids[17:],
+        logprobs=expected.logprobs[17:],
     )
-    assert outcome.num_preemptions > 0
-    assert_near(outcome.rounds["crowd"], dense.rounds["crowd"])
-    assert_near(outcome.twins, [expected[0], expected[0]])
+    assert_near([second], [rest])
+    # All steps but those with a prompt of several tokens: the first alone until its
+    # page lacks one token, then both from the step on which fills it.
+    assert few_pages.full_replays["follower"] == [1] * 15 + [2] * 23 + [1]

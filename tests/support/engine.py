@@ -150,6 +150,44 @@ def run_twins(core, prompt: list[int], trace: list[int] | None = None):
     return [finished["A"], finished["B"]]
 
 
+def run_with_follower(
+    core, prompt: list[int], continuation: list[int], forced: bool = False
+) -> list[Generated]:
+    """Answers of a request, and of one that shares a page in the step that fills it.
+
+    Before the step that computes the 256th token of the first, the second is added:
+    its prompt is those 256 tokens and one more. Scheduled behind the first, it hits
+    the page in the prefix cache and has one token left: both are rows of one token.
+
+    Args:
+        core: vLLM's ``LLMEngine``, with synchronous scheduling.
+        prompt: Of the first; less than 256 tokens.
+        continuation: What the first generates.
+        forced: Whether both are made to go on with it, as ``sampling`` says.
+    """
+    tokens = prompt + continuation
+    prompts = {"A": prompt, "B": tokens[:257]}
+
+    def add(name: str) -> None:
+        rest = tokens[len(prompts[name]) :]
+        core.add_request(
+            name,
+            {"prompt_token_ids": prompts[name]},
+            sampling(len(rest), rest if forced else None),
+        )
+
+    add("A")
+    finished = {}
+    while core.has_unfinished_requests():
+        for output in core.step():
+            num_known = len(prompt) + len(output.outputs[0].token_ids)
+            if output.request_id == "A" and num_known == 256:
+                add("B")
+            if output.finished:
+                finished[output.request_id] = as_generated(output)
+    return [finished["A"], finished["B"]]
+
+
 def attention_layers(llm) -> dict:
     """The attention layers of an in-process engine, by name."""
     context = llm.llm_engine.vllm_config.compilation_config.static_forward_context

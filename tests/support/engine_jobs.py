@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""Whole runs of an engine, each in a process of its own.
+"""Engines in processes of their own, and what they are asked to generate there.
 
-An engine with CUDA graphs does not give all of its memory back before its process ends.
+An engine with CUDA graphs does not give all of its memory back before its process
+ends. And engines that start side by side take as long as one.
 """
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +17,15 @@ import torch
 
 from tests.support.engine import (
     Generated,
+    as_generated,
+    attention_layers,
     clusterkv,
     engine,
     generate,
     poison,
     run_twins,
+    run_with_follower,
+    sampling,
 )
 
 GARBAGE = 1000.0
@@ -30,13 +36,17 @@ CAPTURE_SIZES = [1, 2, 4, 8, 16, 32, 64]
 GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": CAPTURE_SIZES}}
 """As a server starts: compiled, FULL graphs for decode, PIECEWISE for the rest."""
 
-DECODE_GRAPHS = {
-    "compilation_config": {
-        "mode": 0,  # not compiled, which saves the time to compile
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": CAPTURE_SIZES,
+
+def decode_graphs(*capture_sizes: int) -> dict:
+    """FULL graphs, of a model that is not compiled, which saves the time for that."""
+    return {
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": list(capture_sizes),
+        }
     }
-}
+
 
 EAGER = {"enforce_eager": True}
 
@@ -45,8 +55,11 @@ SMALL_ENGINE = {
     "enforce_eager": False,
     "max_model_len": 4096,
     "max_num_seqs": CAPTURE_SIZES[-1],
-    "gpu_memory_utilization": 0.25,
     "enable_trace_replay": True,
+    # A fixed size, since vLLM cannot measure beside other engines. The first is but
+    # required to be free.
+    "gpu_memory_utilization": 0.05,
+    "kv_cache_memory_bytes": 3 << 30,
 }
 
 CHUNK = {"max_num_batched_tokens": 600}
@@ -68,6 +81,7 @@ class Round:
         traces: Tokens to go on with, as ``engine.sampling`` says.
         one_by_one: Whether each prompt is a batch of its own.
         forget: Whether the prefix cache is emptied before.
+        tokens_a_step: At most, if less than the engine's ``max_num_batched_tokens``.
     """
 
     prompts: list[list[int]]
@@ -75,86 +89,186 @@ class Round:
     traces: list[list[int]] | None = None
     one_by_one: bool = False
     forget: bool = False
+    tokens_a_step: int | None = None
 
 
 @dataclass
 class Outcome:
-    """What an engine generated."""
+    """What an engine generated.
+
+    Attributes:
+        rounds: By name.
+        full_replays: By name of a round, the rows of each FULL CUDA graph that was
+            replayed, without padding, in order.
+        num_preemptions: In ``run_with_few_pages``, of the crowd.
+    """
 
     rounds: dict[str, list[Generated]] = field(default_factory=dict)
-    twins: list[Generated] = field(default_factory=list)
+    full_replays: dict[str, list[int]] = field(default_factory=dict)
     num_preemptions: int = 0
 
+    @contextmanager
+    def record_replays(self, name: str) -> Iterator[None]:
+        """Enters the replays of the block under a name."""
+        start = len(_full_replays)
+        yield
+        self.full_replays[name] = _full_replays[start:]
 
-def in_own_process(function: Callable, *args, **kwargs) -> Any:
-    """The result of a function, called in a new process that ends with it."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-        return pool.submit(function, *args, **kwargs).result()
+
+class EngineProcess:
+    """An engine that starts in a new process, and takes calls at once."""
+
+    def __init__(self, model: str, **engine_args) -> None:
+        self._pool = ProcessPoolExecutor(
+            max_workers=1, mp_context=multiprocessing.get_context("spawn")
+        )
+        self._started = self._pool.submit(_start, model, engine_args)
+
+    def submit(self, function: Callable, *args) -> Callable[[], Any]:
+        """Calls a function there, with the ``LLM`` before its arguments.
+
+        Returns:
+            What waits for the function's result.
+        """
+        future = self._pool.submit(_call, function, args)
+
+        def result() -> Any:
+            self._started.result()  # Why it did not start, if it did not.
+            return future.result()
+
+        return result
+
+    def __enter__(self) -> "EngineProcess":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Waits for what was submitted, and ends the process."""
+        self._pool.submit(_stop)
+        self._pool.shutdown()
 
 
-def run_rounds(
-    model: str,
-    rounds: dict[str, Round],
-    *,
-    twins: tuple[list[int], list[int] | None] | None = None,
-    **engine_args,
-) -> Outcome:
-    """Runs rounds on one engine, whose cache has garbage where nothing was written.
+# Of an engine's process.
+_llm: Any = None
+_open = ExitStack()
+_full_replays: list[int] = []
 
-    Args:
-        model: Folder.
-        rounds: By name, in their order.
-        twins: Prompt and trace of ``engine.run_twins``, which run last.
-        **engine_args: Of the engine, on top of ``SMALL_ENGINE``.
-    """
+
+def _start(model: str, engine_args: dict) -> None:
+    global _llm
+    _record_full_replays()
+    _llm = _open.enter_context(engine(model, **engine_args))
+    if engine_args.get("attention_backend") == "clusterkv":
+        poison(_llm, rows=GARBAGE)
+
+
+def _call(function: Callable, args: tuple) -> Any:
+    return function(_llm, *args)
+
+
+def _stop() -> None:
+    _open.close()
+
+
+def _record_full_replays() -> None:
+    """Makes vLLM append the rows of each replay to ``_full_replays``."""
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    prepare_inputs = GPUModelRunner.prepare_inputs
+    run_fullgraph = ModelCudaGraphManager.run_fullgraph
+    num_rows = 0
+
+    def count_rows(self, *args, **kwargs):
+        nonlocal num_rows
+        batch = prepare_inputs(self, *args, **kwargs)
+        num_rows = batch.num_reqs
+        return batch
+
+    def count_replay(self, *args, **kwargs):
+        _full_replays.append(num_rows)
+        return run_fullgraph(self, *args, **kwargs)
+
+    GPUModelRunner.prepare_inputs = count_rows
+    ModelCudaGraphManager.run_fullgraph = count_replay
+
+
+def run_rounds(llm, rounds: dict[str, Round]) -> Outcome:
+    """Runs rounds in their order."""
     outcome = Outcome()
-    with engine(model, **{**SMALL_ENGINE, **engine_args}) as llm:
-        if engine_args.get("attention_backend") == "clusterkv":
-            poison(llm, rows=GARBAGE)
-        for name, step in rounds.items():
-            if step.forget:
-                assert llm.reset_prefix_cache()
+    for name, step in rounds.items():
+        with outcome.record_replays(name):
             outcome.rounds[name] = _run_round(llm, step)
-        if twins is not None:
-            outcome.twins = run_twins(llm.llm_engine, *twins)
-        metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
-        outcome.num_preemptions = int(metrics["vllm:num_preemptions"])
     return outcome
 
 
-def _run_round(llm, step: Round) -> list[Generated]:
-    if not step.one_by_one:
-        return generate(llm, step.prompts, step.max_tokens, step.traces)
-    traces = step.traces or [None] * len(step.prompts)
-    return [
-        generate(llm, [prompt], step.max_tokens, trace and [trace])[0]
-        for prompt, trace in zip(step.prompts, traces, strict=True)
-    ]
+def run_with_few_pages(llm, crowd: Round, page_end: Round) -> Outcome:
+    """Runs a crowd, for which there are too few pages, and requests that share one.
+
+    Args:
+        llm: An engine.
+        crowd: Runs first.
+        page_end: One request, with its trace, for ``run_twins`` and
+            ``run_with_follower``.
+    """
+    core = llm.llm_engine
+    outcome = Outcome()
+    with outcome.record_replays("crowd"):
+        outcome.rounds["crowd"] = _run_round(llm, crowd)
+    # Before the twins, which are preempted by force.
+    outcome.num_preemptions = _num_preemptions(llm)
+    [prompt], [trace] = page_end.prompts, page_end.traces
+    with outcome.record_replays("twins"):
+        outcome.rounds["twins"] = run_twins(core, prompt, trace)
+    assert llm.reset_prefix_cache()
+    with outcome.record_replays("follower"):
+        outcome.rounds["follower"] = run_with_follower(core, prompt, trace, forced=True)
+    return outcome
 
 
-def run_random_weights(
-    model: str,
-    prompts: list[list[int]],
-    max_tokens: int,
-    traces: list[list[int]] | None = None,
-    **engine_args,
-) -> list[Generated]:
-    """Generates with a model that has a config but no weights.
+def run_without_page(llm, step: Round, page: int) -> list[Generated]:
+    """Runs a round whose rows lose a page once all of them have generated a token.
+
+    Its K and V become zeros: next to keys that attract, as good as left out.
+
+    Args:
+        llm: An engine of this backend, with synchronous scheduling.
+        step: Of which the prompts run together.
+        page: The position of the page in each row.
+    """
+    core = llm.llm_engine
+    for index, (prompt, trace) in enumerate(
+        zip(step.prompts, step.traces, strict=True)
+    ):
+        core.add_request(
+            str(index),
+            {"prompt_token_ids": prompt},
+            sampling(step.max_tokens, trace),
+        )
+    finished, begun, lost = {}, set(), False
+    while core.has_unfinished_requests():
+        for output in core.step():
+            begun.add(output.request_id)
+            if output.finished:
+                finished[output.request_id] = as_generated(output)
+        if not lost and len(begun) == len(step.prompts):
+            lost = True
+            scheduler = _scheduler(llm)
+            for request in scheduler.running:
+                [blocks] = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+                for layer in attention_layers(llm).values():
+                    layer.kv_cache[blocks[page]] = 0
+    assert lost
+    return [finished[str(index)] for index in range(len(step.prompts))]
+
+
+def draw_weights(llm) -> None:
+    """Gives a model without weights some.
 
     vLLM's dummy weights are so small that attention makes no difference. These are
     drawn as at the start of a training, but for sharper attention: a few of many
     thousand keys carry most of it.
     """
-    with engine(
-        model,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        enable_trace_replay=True,
-        **engine_args,
-    ) as llm:
-        llm.apply_model(_draw_weights)
-        return generate(llm, prompts, max_tokens, traces)
+    llm.apply_model(_draw_weights)
 
 
 def _draw_weights(model: torch.nn.Module) -> None:
@@ -165,3 +279,30 @@ def _draw_weights(model: torch.nn.Module) -> None:
             generator = torch.Generator(parameter.device).manual_seed(index)
             std = 0.03 if "qkv" in name else 0.02
             parameter.data.normal_(std=std, generator=generator)
+
+
+def _run_round(llm, step: Round) -> list[Generated]:
+    if step.forget:
+        assert llm.reset_prefix_cache()
+    scheduler = _scheduler(llm)
+    usual = scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = step.tokens_a_step or usual
+    try:
+        if not step.one_by_one:
+            return generate(llm, step.prompts, step.max_tokens, step.traces)
+        traces = step.traces or [None] * len(step.prompts)
+        return [
+            generate(llm, [prompt], step.max_tokens, trace and [trace])[0]
+            for prompt, trace in zip(step.prompts, traces, strict=True)
+        ]
+    finally:
+        scheduler.max_num_scheduled_tokens = usual
+
+
+def _scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def _num_preemptions(llm) -> int:
+    values = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    return int(values["vllm:num_preemptions"])
