@@ -116,12 +116,6 @@ __device__ __forceinline__ float fast_exp2(float value) {
   return result;
 }
 
-__device__ __forceinline__ float fast_log2(float value) {
-  float result;
-  asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(value));
-  return result;
-}
-
 template <typename T>
 __device__ __forceinline__ T from_float(float value);
 

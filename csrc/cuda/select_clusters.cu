@@ -8,11 +8,10 @@
 namespace clusterkv::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kMaxSelectThreads)
-    select_clusters_kernel(const SelectClustersParams p, int cached_clusters) {
-  extern __shared__ uint32_t key_cache[];
+__global__ void __launch_bounds__(kSelectThreads)
+    select_clusters_kernel(const SelectClustersParams p) {
   __shared__ SelectShared shared;
-  select_clusters_of_row(p, cached_clusters, key_cache, shared);
+  select_clusters_of_row(p, shared);
 }
 
 void select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
@@ -29,18 +28,12 @@ void select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cl
                   params.rows.max_blocks, " pages");
   STD_TORCH_CHECK(token_budget < int64_t{1} << 31,
                   "select_clusters: token_budget must be below 2^31 on CUDA, got ", token_budget);
-  check_aligned("select_clusters", "scores", params.scores, {});
-  check_aligned("select_clusters", "selected", params.selected, {});
   if (params.rows.num_reqs == 0) return;
   const LaunchContext context("select_clusters", kv_cache);
-  // A small batch leaves multiprocessors idle: finish each row sooner.
-  const int64_t pairs = params.rows.num_reqs * params.pages.num_kv_heads;
-  const int threads = pairs <= context.num_multiprocessors() ? kMaxSelectThreads : 512;
-  const int64_t cached = clamp(params.max_clusters, 0, kMaxSelectSmemBytes / kBytesPerCluster);
   context.launch_pdl(select_clusters_kernel,
                      dim3(static_cast<unsigned>(params.pages.num_kv_heads),
                           static_cast<unsigned>(params.rows.num_reqs)),
-                     dim3(threads), cached * kBytesPerCluster, params, static_cast<int>(cached));
+                     dim3(kSelectThreads), 0, params);
 }
 
 }  // namespace

@@ -6,8 +6,9 @@
 // which bin the budget ends. Bins above are taken whole; the clusters of that bin are
 // ranked one against another, or, if they are many, told apart by their next bits.
 //
-// The time is that of a chain of dependent steps, run once: loops are left rolled, since
-// fetching instructions for the first time costs more than looping does.
+// The time is that of a chain of dependent steps, so what a thread needs again stays in
+// its registers: tokens, scores and weights of its clusters, kPerThread at most. A row
+// with more clusters than that goes through in chunks and reads its scores several times.
 #pragma once
 
 #include "../params.h"
@@ -15,24 +16,22 @@
 
 namespace clusterkv::cuda {
 
-constexpr int kMaxSelectThreads = 1024;  // the launcher chooses
-constexpr int kMaxSelectWarps = kMaxSelectThreads / 32;
+constexpr int kSelectThreads = 1024;
+constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kSelectMaxGroup = 16;
 constexpr int kHeadsAtOnce = 4;
 constexpr int kFirstShift = 20;  // 11 leading bits: the exponent and 3 of the mantissa
 constexpr int kNextBits = 10;    // then twice 10
 constexpr int kBins = 1 << (31 - kFirstShift);
-constexpr int kMaxCandidates = 256;             // clusters of one bin to rank by comparison
-constexpr int kBytesPerCluster = 6;             // weight bits and tokens, kept in shared memory
-constexpr int kMaxSelectSmemBytes = 78 * 1024;  // rows too long for it compute them again
+constexpr int kMaxCandidates = 256;  // clusters of one bin to rank by comparison
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct SelectShared {
   int bins[kBins];                // tokens by leading bits
   int max_bits[kSelectMaxGroup];  // of a head's scores, as ordered_bits
-  float warp_sum[kSelectMaxGroup][kMaxSelectWarps];
+  float warp_sum[kSelectMaxGroup][kSelectWarps];
   float inverse_sum[kSelectMaxGroup];  // 1 / sum of count * exp(score - max)
-  int warp_tokens[kMaxSelectWarps];
+  int warp_tokens[kSelectWarps];
   uint32_t candidate_key[kMaxCandidates];
   int candidate[kMaxCandidates];
   int candidate_tokens[kMaxCandidates];
@@ -41,16 +40,6 @@ struct SelectShared {
   int above;  // tokens in the bins above it
   int taken;
 };
-
-// Tokens of a row's cluster. Not inlined: several loops call it.
-__device__ __noinline__ int count_tokens(const int16_t* cluster_ends, int64_t ends_block_stride,
-                                         const int32_t* block_table, int log_clusters,
-                                         int num_sink_tokens, int cluster) {
-  const int page = cluster >> log_clusters, i = cluster & ((1 << log_clusters) - 1);
-  const int16_t* ends = cluster_ends + block_table[page] * ends_block_stride;
-  const int before = ends[max(i - 1, 0)];
-  return ends[i] - (i > 0 ? before : page == 0 ? num_sink_tokens : 0);
-}
 
 // One row and KV head.
 struct SelectRow {
@@ -64,14 +53,11 @@ struct SelectRow {
   int log_clusters;
   int num_sink_tokens;
 
-  __device__ __forceinline__ int tokens(int cluster) const {
-    return count_tokens(cluster_ends, ends_block_stride, block_table, log_clusters, num_sink_tokens,
-                        cluster);
-  }
-
-  // Of a head beyond the group, the last one's.
-  __device__ float score(int head, int cluster) const {
-    return scores[min(head, group - 1) * max_clusters + cluster];
+  __device__ int tokens(int cluster) const {
+    const int page = cluster >> log_clusters, i = cluster & ((1 << log_clusters) - 1);
+    const int16_t* ends = cluster_ends + block_table[page] * ends_block_stride;
+    const int start = i > 0 ? ends[i - 1] : page == 0 ? num_sink_tokens : 0;
+    return ends[i] - start;
   }
 };
 
@@ -101,16 +87,13 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
   return value;
 }
 
-__device__ __forceinline__ int num_select_threads() { return blockDim.x; }
-__device__ __forceinline__ int num_select_warps() { return num_select_threads() / 32; }
-
 // Sum over the threads before this one, and over all of them in `total`.
 __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_totals, int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int inclusive = warp_inclusive_sum(value);
   if (lane == 31) warp_totals[warp] = inclusive;
   __syncthreads();
-  const int warps = warp_inclusive_sum(lane < num_select_warps() ? warp_totals[lane] : 0);
+  const int warps = warp_inclusive_sum(warp_totals[lane]);
   total = __shfl_sync(~0u, warps, 31);
   const int before = __shfl_sync(~0u, warps, warp > 0 ? warp - 1 : 0);
   __syncthreads();  // warp_totals may be written again
@@ -120,15 +103,13 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_totals, 
 // Finds the bin in which `above` plus the tokens of the bins from the top reach the
 // budget. The bins hold enough.
 __device__ __forceinline__ void find_bin(int num_bins, int above, int budget, SelectShared& s) {
-  const int per_thread = (num_bins + num_select_threads() - 1) / num_select_threads();
+  const int per_thread = (num_bins + kSelectThreads - 1) / kSelectThreads;
   const int top = num_bins - 1 - static_cast<int>(threadIdx.x) * per_thread;
   int tokens = 0;
-#pragma unroll 2
   for (int i = 0; i < per_thread && top - i >= 0; ++i) tokens += s.bins[top - i];
   int total;
   int before = above + block_exclusive_sum(tokens, s.warp_tokens, total);
   if (before < budget && before + tokens >= budget) {
-#pragma unroll 1
     for (int i = 0; i < per_thread && top - i >= 0; ++i) {
       if (before + s.bins[top - i] >= budget) {
         s.bin = top - i;
@@ -141,151 +122,165 @@ __device__ __forceinline__ void find_bin(int num_bins, int above, int budget, Se
   __syncthreads();
 }
 
-// The weight a token of the cluster whose scores these are, as bits.
-__device__ __noinline__ uint32_t weight_bits(const float* scores, int64_t max_clusters, int group,
-                                             const int* max_bits, const float* inverse_sum) {
-  float weight = 0.0f;
-#pragma unroll kHeadsAtOnce
-  for (int h = 0; h < group; ++h) {
-    const float max = from_ordered_bits(max_bits[h]);
-    weight += fast_exp2((scores[h * max_clusters] - max) * kLog2e) * inverse_sum[h];
-  }
-  return __float_as_uint(weight) & 0x7fffffffu;  // NaN, too, has a bin
-}
-
-// The selection of one row and KV head by a block. A thread has clusters threadIdx.x,
-// threadIdx.x + blockDim.x, ...
+// The selection of one row and KV head by a block. Thread t has clusters t, t +
+// kSelectThreads, ... of each chunk of kPerThread * kSelectThreads.
+template <int kPerThread>
 struct Selection {
   const SelectRow& row;
   SelectShared& s;
-  const bool cached;
-  uint32_t* key_cache;    // [num_clusters]
-  uint16_t* count_cache;  // [num_clusters]
+  static constexpr int kChunk = kPerThread * kSelectThreads;
+  const bool one_chunk;
+  int tokens[kPerThread];  // 0 beyond the row, too
+  float scores[kPerThread][kHeadsAtOnce];
+  uint32_t keys[kPerThread];  // bits of the weight a token; 0 for an empty cluster
 
-  // Tokens of one of this thread's clusters.
-  __device__ int tokens(int c) const { return cached ? count_cache[c] : row.tokens(c); }
+  __device__ Selection(const SelectRow& row, SelectShared& s)
+      : row(row), s(s), one_chunk(row.num_clusters <= kChunk) {}
 
-  // The weight a token, as bits.
-  __device__ __forceinline__ uint32_t key(int c) const {
-    return cached ? key_cache[c]
-                  : weight_bits(row.scores + c, row.max_clusters, row.group, s.max_bits,
-                                s.inverse_sum);
+  __device__ int cluster(int chunk, int i) const {
+    return chunk + i * kSelectThreads + static_cast<int>(threadIdx.x);
   }
 
-  // Calls visit(cluster, key, tokens) with all threads, until all clusters of the row
-  // have been; one beyond it has no tokens.
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(const Visit& visit) const {
-#pragma unroll 1
-    for (int first = 0; first < row.num_clusters; first += num_select_threads()) {
-      const int c = first + static_cast<int>(threadIdx.x);
-      const int count = c < row.num_clusters ? tokens(c) : 0;
-      visit(c, count > 0 ? key(c) : 0, count);
+  __device__ void load_tokens(int chunk) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int c = cluster(chunk, i);
+      tokens[i] = c < row.num_clusters ? row.tokens(c) : 0;
+    }
+  }
+
+  // Of heads beyond the group, the last one's.
+  __device__ void load_scores(int chunk, int first_head) {
+#pragma unroll
+    for (int h = 0; h < kHeadsAtOnce; ++h) {
+      const int head = min(first_head + h, row.group - 1);
+      const float* own = row.scores + head * row.max_clusters + cluster(chunk, 0);
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        const bool valid = cluster(chunk, i) < row.num_clusters;
+        scores[i][h] = valid ? load_now(own + i * kSelectThreads) : 0.0f;
+      }
+    }
+  }
+
+  // Turns scores into exp(score - max); 0 for an empty cluster.
+  __device__ void exponentiate(int first_head) {
+#pragma unroll
+    for (int h = 0; h < kHeadsAtOnce; ++h) {
+      const float max = from_ordered_bits(s.max_bits[min(first_head + h, row.group - 1)]);
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        scores[i][h] = tokens[i] > 0 ? fast_exp2((scores[i][h] - max) * kLog2e) : 0.0f;
+      }
     }
   }
 
   // Max, then 1 / sum, of each head's softmax.
-  __device__ __forceinline__ void normalise() const {
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-#pragma unroll 1
-    for (int first = 0; first < row.group; first += kHeadsAtOnce) {
-      float max[kHeadsAtOnce];
-#pragma unroll
-      for (int h = 0; h < kHeadsAtOnce; ++h) max[h] = -INFINITY;
-#pragma unroll 2
-      for (int c = thread; c < row.num_clusters; c += num_select_threads()) {
-        const bool empty = tokens(c) <= 0;
+  __device__ void normalise() {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int chunk = 0; chunk < row.num_clusters; chunk += kChunk) {
+      if (!one_chunk) load_tokens(chunk);
+      for (int first = 0; first < row.group; first += kHeadsAtOnce) {
+        load_scores(chunk, first);
 #pragma unroll
         for (int h = 0; h < kHeadsAtOnce; ++h) {
-          max[h] = empty ? max[h] : fmaxf(max[h], row.score(first + h, c));
-        }
-      }
+          float max = -INFINITY;
 #pragma unroll
-      for (int h = 0; h < kHeadsAtOnce; ++h) {
-        const int of_warp = __reduce_max_sync(~0u, ordered_bits(max[h]));
-        if (lane == 0 && first + h < row.group) atomicMax(&s.max_bits[first + h], of_warp);
+          for (int i = 0; i < kPerThread; ++i) {
+            max = tokens[i] > 0 ? fmaxf(max, scores[i][h]) : max;
+          }
+          const int of_warp = __reduce_max_sync(~0u, ordered_bits(max));
+          if (lane == 0 && first + h < row.group) atomicMax(&s.max_bits[first + h], of_warp);
+        }
       }
     }
     __syncthreads();
-#pragma unroll 1
     for (int first = 0; first < row.group; first += kHeadsAtOnce) {
-      float highest[kHeadsAtOnce], sum[kHeadsAtOnce];
-#pragma unroll
-      for (int h = 0; h < kHeadsAtOnce; ++h) {
-        highest[h] = from_ordered_bits(s.max_bits[min(first + h, row.group - 1)]);
-        sum[h] = 0.0f;
-      }
-#pragma unroll 2
-      for (int c = thread; c < row.num_clusters; c += num_select_threads()) {
-        const int count = max(tokens(c), 0);
+      float sum[kHeadsAtOnce] = {};
+      for (int chunk = 0; chunk < row.num_clusters; chunk += kChunk) {
+        if (!one_chunk) load_tokens(chunk);
+        if (!one_chunk || row.group > kHeadsAtOnce) load_scores(chunk, first);
+        exponentiate(first);
 #pragma unroll
         for (int h = 0; h < kHeadsAtOnce; ++h) {
-          const float exp = fast_exp2((row.score(first + h, c) - highest[h]) * kLog2e);
-          sum[h] += count > 0 ? count * exp : 0.0f;
+#pragma unroll
+          for (int i = 0; i < kPerThread; ++i) sum[h] += tokens[i] * scores[i][h];
         }
       }
 #pragma unroll
-      for (int h = 0; h < kHeadsAtOnce; ++h) sum[h] = warp_sum(sum[h]);
-#pragma unroll
       for (int h = 0; h < kHeadsAtOnce; ++h) {
+        sum[h] = warp_sum(sum[h]);
         if (lane == 0 && first + h < row.group) s.warp_sum[first + h][warp] = sum[h];
       }
     }
     __syncthreads();
-    if (warp < row.group) {
-#pragma unroll 1
-      for (int h = warp; h < row.group; h += num_select_warps()) {
-        const float sum = warp_sum(lane < num_select_warps() ? s.warp_sum[h][lane] : 0.0f);
-        if (lane == 0) s.inverse_sum[h] = 1.0f / sum;
-      }
+    for (int h = warp; h < row.group; h += kSelectWarps) {
+      const float sum = warp_sum(s.warp_sum[h][lane]);
+      if (lane == 0) s.inverse_sum[h] = 1.0f / sum;
     }
     __syncthreads();
   }
 
-  // Writes the flags; returns the tokens taken. All threads.
-  __device__ __forceinline__ int run(int budget, uint8_t* selected) const {
-    const int thread = threadIdx.x, lane = thread % 32;
-    if (cached) {
-#pragma unroll 2
-      for (int c = thread; c < row.num_clusters; c += num_select_threads()) {
-        count_cache[c] = row.tokens(c);
+  // Keys of a chunk's clusters. After normalise(), which leaves a single chunk's
+  // exponentials of a single set of heads.
+  __device__ void find_keys(int chunk) {
+    if (!one_chunk) load_tokens(chunk);
+    float weights[kPerThread] = {};
+    for (int first = 0; first < row.group; first += kHeadsAtOnce) {
+      if (!one_chunk || row.group > kHeadsAtOnce) {
+        load_scores(chunk, first);
+        exponentiate(first);
+      }
+#pragma unroll
+      for (int h = 0; h < kHeadsAtOnce; ++h) {
+        const float inverse = first + h < row.group ? s.inverse_sum[first + h] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) weights[i] += scores[i][h] * inverse;
       }
     }
-#pragma unroll 2
-    for (int i = thread; i < kBins; i += num_select_threads()) s.bins[i] = 0;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      keys[i] = __float_as_uint(weights[i]) & 0x7fffffffu;  // NaN, too, has a bin
+    }
+  }
+
+  // Calls visit(cluster, key, tokens) with all threads, for each cluster of the row; a
+  // cluster beyond it has no tokens.
+  template <typename Visit>
+  __device__ void for_each(const Visit& visit) {
+    for (int chunk = 0; chunk < row.num_clusters; chunk += kChunk) {
+      if (!one_chunk) find_keys(chunk);
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) visit(cluster(chunk, i), keys[i], tokens[i]);
+    }
+  }
+
+  // Writes the flags; returns the tokens taken. All threads.
+  __device__ int run(int budget, uint8_t* selected) {
+    const int thread = threadIdx.x, lane = thread % 32;
+    if (one_chunk) load_tokens(0);
+    for (int i = thread; i < kBins; i += kSelectThreads) s.bins[i] = 0;
     if (thread < kSelectMaxGroup) s.max_bits[thread] = ordered_bits(-INFINITY);
-    if (thread == 0) s.taken = s.num_candidates = 0;
+    if (thread == 0) s.taken = 0;
     __syncthreads();
 
     wait_for_previous_kernel();  // for the scores
     start_next_kernel();
     normalise();
+    if (one_chunk) find_keys(0);
 
-    if (cached) {
-#pragma unroll 1
-      for (int c = thread; c < row.num_clusters; c += num_select_threads()) {
-        key_cache[c] =
-            weight_bits(row.scores + c, row.max_clusters, row.group, s.max_bits, s.inverse_sum);
-      }
-    }
-    int shift = kFirstShift, log_bins = 31 - kFirstShift, above = 0;
-    uint32_t leading = 0;  // bits above those of the round
-    uint32_t prefix;       // and with them: key >> shift of the bin in which the budget ends
-#pragma unroll 1
+    for_each([&](int, uint32_t key, int tokens) {
+      if (tokens > 0) atomicAdd(&s.bins[key >> kFirstShift], tokens);
+    });
+    __syncthreads();
+    int shift = kFirstShift;
+    find_bin(kBins, 0, budget, s);
+    uint32_t prefix = s.bin;  // key >> shift of the bin in which the budget ends
     while (true) {
-      for_each([&](int, uint32_t key, int count) {
-        if (count > 0 && key >> shift >> log_bins == leading) {
-          atomicAdd(&s.bins[key >> shift & ((1 << log_bins) - 1)], count);
-        }
-      });
+      if (thread == 0) s.num_candidates = 0;
       __syncthreads();
-      find_bin(1 << log_bins, above, budget, s);
-      prefix = (leading << log_bins) + static_cast<uint32_t>(s.bin);
-      above = s.above;
-      // Candidates are flagged by those who rank them.
-      for_each([&](int c, uint32_t key, int count) {
-        const bool found = count > 0 && key >> shift == prefix;
-        if (c < row.num_clusters && !found) selected[c] = count > 0 && key >> shift > prefix;
+      for_each([&](int c, uint32_t key, int tokens) {
+        const bool found = tokens > 0 && key >> shift == prefix;
         const uint32_t lanes = __ballot_sync(~0u, found);
         if (lanes == 0) return;
         int slot = 0;
@@ -294,19 +289,29 @@ struct Selection {
         if (found && slot < kMaxCandidates) {
           s.candidate_key[slot] = key;
           s.candidate[slot] = c;
-          s.candidate_tokens[slot] = count;
+          s.candidate_tokens[slot] = tokens;
         }
       });
       __syncthreads();
       if (s.num_candidates <= kMaxCandidates || shift == 0) break;
       shift -= kNextBits;
-      log_bins = kNextBits;
-      leading = prefix;
-      for (int i = thread; i < 1 << log_bins; i += num_select_threads()) s.bins[i] = 0;
+      for (int i = thread; i < 1 << kNextBits; i += kSelectThreads) s.bins[i] = 0;
       __syncthreads();
-      if (thread == 0) s.num_candidates = 0;
+      for_each([&](int, uint32_t key, int tokens) {
+        if (tokens > 0 && key >> (shift + kNextBits) == prefix) {
+          atomicAdd(&s.bins[key >> shift & ((1 << kNextBits) - 1)], tokens);
+        }
+      });
+      __syncthreads();
+      find_bin(1 << kNextBits, s.above, budget, s);
+      prefix = prefix << kNextBits | static_cast<uint32_t>(s.bin);
     }
 
+    // Candidates are flagged by those who rank them.
+    for_each([&](int c, uint32_t key, int tokens) {
+      const bool candidate = tokens > 0 && key >> shift == prefix;
+      if (c < row.num_clusters && !candidate) selected[c] = tokens > 0 && key >> shift > prefix;
+    });
     if (s.num_candidates > kMaxCandidates) {
       take_in_order(prefix, budget, selected);
     } else {
@@ -317,15 +322,14 @@ struct Selection {
   }
 
   // Eight lanes rank a candidate against the others.
-  __device__ __forceinline__ void rank_candidates(int budget, uint8_t* selected) const {
-    const int num_candidates = s.num_candidates, above = s.above, thread = threadIdx.x;
-#pragma unroll 1
-    for (int i = thread / 8; i < (num_candidates + 3) / 4 * 4; i += num_select_threads() / 8) {
+  __device__ void rank_candidates(int budget, uint8_t* selected) {
+    const int num_candidates = s.num_candidates, above = s.above;
+    const int thread = threadIdx.x;
+    for (int i = thread / 8; i < (num_candidates + 3) / 4 * 4; i += kSelectThreads / 8) {
       const bool valid = i < num_candidates;  // all of a warp's lanes take part
       const uint32_t key = valid ? s.candidate_key[i] : 0;
       const int cluster = valid ? s.candidate[i] : 0;
       int before = 0;
-#pragma unroll 2
       for (int k = thread % 8; k < num_candidates; k += 8) {
         const uint32_t other = s.candidate_key[k];
         if (other > key || (other == key && s.candidate[k] < cluster)) {
@@ -344,11 +348,10 @@ struct Selection {
   }
 
   // Takes clusters of equal weight in their order. Many equal weights are rare.
-  __device__ __forceinline__ void take_in_order(uint32_t equal_key, int budget,
-                                                uint8_t* selected) const {
+  __device__ void take_in_order(uint32_t equal_key, int budget, uint8_t* selected) {
     int above = s.above;
-    for_each([&](int c, uint32_t key, int count) {
-      const int tied = key == equal_key ? count : 0;
+    for_each([&](int c, uint32_t key, int tokens) {
+      const int tied = key == equal_key ? tokens : 0;
       int total;
       const int before = above + block_exclusive_sum(tied, s.warp_tokens, total);
       above += total;
@@ -359,10 +362,8 @@ struct Selection {
   }
 };
 
-// Grid: [num_kv_heads, num_reqs]. key_cache: kBytesPerCluster for each of
-// cached_clusters, an even number.
+// Grid: [num_kv_heads, num_reqs].
 __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParams& p,
-                                                       int cached_clusters, uint32_t* key_cache,
                                                        SelectShared& shared) {
   const SemanticPages& pages = p.pages;
   const int req = blockIdx.y, kv_head = blockIdx.x;
@@ -388,11 +389,11 @@ __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParam
   if (clustered <= budget) {
     wait_for_previous_kernel();
     start_next_kernel();
-    for (int c = threadIdx.x; c < row.num_clusters; c += num_select_threads()) selected[c] = 1;
+    for (int c = threadIdx.x; c < row.num_clusters; c += kSelectThreads) selected[c] = 1;
+  } else if (row.num_clusters <= Selection<2>::kChunk) {
+    taken = Selection<2>(row, shared).run(budget, selected);
   } else {
-    uint16_t* count_cache = reinterpret_cast<uint16_t*>(key_cache + cached_clusters);
-    const bool cached = row.num_clusters <= cached_clusters;
-    taken = Selection{row, shared, cached, key_cache, count_cache}.run(budget, selected);
+    taken = Selection<8>(row, shared).run(budget, selected);
   }
   if (threadIdx.x == 0) {
     p.num_attended[req * pages.num_kv_heads + kv_head] =

@@ -78,26 +78,6 @@ struct WarpState {
   }
 };
 
-// Copies 16 rows of K | V, or of V alone, to shared memory; lane i of the warp has the
-// address of row i, 0 for none (zeros). Not inlined: instructions that run once or twice
-// cost most when they are fetched.
-template <int kHeadSize>
-__device__ __noinline__ void copy_rows(uint32_t smem, uint64_t row_of_lane, bool with_keys) {
-  using Traits = DecodeTraits<kHeadSize>;
-  constexpr int kHalf = kHeadSize / 8;  // 16-byte chunks of K, and of V
-  const int lane = threadIdx.x % 32;
-  const int chunks = with_keys ? 2 * kHalf : kHalf;
-  const uint32_t base = smem + (with_keys ? 0 : kHalf * 16);
-#pragma unroll 4
-  for (int i = lane; i < kTileRows * chunks; i += 32) {
-    const int row = with_keys ? i / (2 * kHalf) : i / kHalf;
-    const int chunk = i - row * chunks;
-    const uint64_t address = __shfl_sync(~0u, row_of_lane, row);
-    cp_async_16(base + row * Traits::kPitchBytes + chunk * 16,
-                reinterpret_cast<const void*>(address + chunk * 16), address != 0);
-  }
-}
-
 template <typename T, int kHeadSize, int kHeadTiles>
 struct DecodeWarp {
   using Traits = DecodeTraits<kHeadSize>;
@@ -126,11 +106,21 @@ struct DecodeWarp {
     }
   }
 
-  // Starts to copy a tile. Lanes 0 to 15 give its rows, null for none (zeros). with_keys:
-  // K and V of a row, else V alone.
-  __device__ __forceinline__ void load_tile(const T* row_of_lane, bool with_keys, int stage) const {
-    copy_rows<kHeadSize>(stages + stage * Traits::kStageBytes,
-                         reinterpret_cast<uint64_t>(row_of_lane), with_keys);
+  // Starts to copy a tile. Lanes 0 to 15 give its rows, null for none (zeros). kKeys: K
+  // and V of a row, else V alone.
+  template <bool kKeys>
+  __device__ void load_tile(const T* row_of_lane, int stage) {
+    constexpr int kBytes = kKeys ? Traits::kRowBytes : Traits::kRowBytes / 2;
+    constexpr int kFirst = Traits::kRowBytes - kBytes, kChunks = kBytes / 16;
+    const uint32_t base = stages + stage * Traits::kStageBytes + kFirst;
+    const uint64_t address = reinterpret_cast<uint64_t>(row_of_lane);
+#pragma unroll
+    for (int i = 0; i < kTileRows * kChunks / 32; ++i) {
+      const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
+      const T* source = reinterpret_cast<const T*>(__shfl_sync(~0u, address, row));
+      cp_async_16(base + row * Traits::kPitchBytes + chunk * 16, source + chunk * 8,
+                  source != nullptr);
+    }
   }
 
   // Waits for the stage's tile, of all but the last commit.
@@ -223,6 +213,38 @@ struct DecodeRow {
   int group;
 };
 
+// Attends to every row's token: tiles of consecutive tokens, dealt to all warps.
+template <typename T, int kHeadSize, int kHeadTiles>
+__device__ void attend_densely(const SparseDecodeParams& p, const DecodeRow<T>& row,
+                               DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
+  using Traits = DecodeTraits<kHeadSize>;
+  const int num_tiles = (row.seq_len + kTileRows - 1) / kTileRows;
+  const int first = (threadIdx.x / 32) * static_cast<int>(p.num_splits) + blockIdx.x;
+  const int step = Traits::kWarps * static_cast<int>(p.num_splits);
+  const auto load = [&](int tile, int stage) {
+    const int token = tile * kTileRows + warp.lane;
+    const T* source = nullptr;
+    if (warp.lane < kTileRows && token < row.seq_len) {
+      const int64_t block = row.block_table[token / kPageRows];
+      source = row.kv + block * p.pages.kv_block_stride + token % kPageRows * p.pages.kv_row_stride;
+    }
+    warp.template load_tile<true>(source, stage);
+  };
+  if (first < num_tiles) load(first, 0);
+  cp_async_commit();
+  int stage = 0;
+  for (int tile = first; tile < num_tiles; tile += step) {
+    if (tile + step < num_tiles) load(tile + step, stage ^ 1);
+    cp_async_commit();
+    warp.wait_tile();
+    float logits[kHeadTiles][4];
+    warp.score_tile(stage, row.seq_len - tile * kTileRows, p.scale, logits);
+    warp.attend_tile(stage, logits);
+    __syncwarp();
+    stage ^= 1;
+  }
+}
+
 // Eight consecutive clusters of one page, a thread's share of a window.
 struct WindowClusters {
   int first;         // in the row; -1 for none
@@ -250,78 +272,19 @@ __device__ __forceinline__ WindowClusters find_clusters(const SparseDecodeParams
   return found;
 }
 
-// Lists the window's selected clusters, and the log2 of the tokens that the others' means
-// stand for. Returns the number of clusters listed * 2^16 + their rows. All threads.
-template <typename T, int kHeadSize>
-__device__ __forceinline__ int list_selected(const SparseDecodeParams& p, const DecodeRow<T>& row,
-                                             const WindowClusters& clusters, int log_clusters,
-                                             SparseShared<kHeadSize>& shared) {
-  using Traits = DecodeTraits<kHeadSize>;
-  const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
-  uint64_t selected = 0;  // a byte a cluster
-  if (clusters.first >= 0) {
-    selected = *reinterpret_cast<const uint64_t*>(row.selected + clusters.first);
-  }
-  int own = 0;  // selected clusters * 2^16 + their rows
-  int start = clusters.start;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int count = clusters.ends[i] - start;
-    const bool is_selected = selected >> (8 * i) & 1;
-    start = clusters.ends[i];
-    own += is_selected && count > 0 ? 1 << 16 | count : 0;
-    shared.log_counts[thread * 8 + i] =
-        is_selected || count <= 0 ? -INFINITY : fast_log2(static_cast<float>(count));
-  }
-  int inclusive = own;
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const int other = __shfl_up_sync(~0u, inclusive, i);
-    if (lane >= i) inclusive += other;
-  }
-  if (lane == 31) shared.warp_totals[warp_index] = inclusive;
-  __syncthreads();
-  int before = inclusive - own, total = 0;
-#pragma unroll
-  for (int w = 0; w < Traits::kWarps; ++w) {
-    if (w < warp_index) before += shared.warp_totals[w];
-    total += shared.warp_totals[w];
-  }
-  if (own > 0) {
-    const int code = (thread * 8 >> log_clusters) * kPageRows;
-    start = clusters.start;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int count = clusters.ends[i] - start;
-      if (selected >> (8 * i) & 1 && count > 0) {
-        shared.starts[before >> 16] = static_cast<uint16_t>(code + start);
-        shared.rows_before[before >> 16] = static_cast<uint16_t>(before);
-        before += 1 << 16 | count;
-      }
-      start = clusters.ends[i];
-    }
-  }
-  __syncthreads();
-  return total;
-}
-
-// Attends to the split's part of a row: every token of a dense row, else sinks, selected
-// clusters, tail page and the means of the rest.
+// Attends to sinks, selected clusters, the tail page and the means of the rest.
 template <typename T, int kHeadSize, int kHeadTiles>
-__device__ __forceinline__ void attend(const SparseDecodeParams& p, const DecodeRow<T>& row,
-                                       bool dense, SparseShared<kHeadSize>& shared,
-                                       DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
+__device__ void attend_sparsely(const SparseDecodeParams& p, const DecodeRow<T>& row,
+                                SparseShared<kHeadSize>& shared,
+                                DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
   using Traits = DecodeTraits<kHeadSize>;
+  constexpr int kStep = Traits::kWarps;
   const int num_splits = static_cast<int>(p.num_splits), split = blockIdx.x;
   const int num_clusters = static_cast<int>(p.pages.num_clusters);
   const int log_clusters = 31 - __clz(num_clusters);
   const int max_window_pages = Traits::kWindowClusters >> log_clusters;
-  const int indexed_pages = dense ? 0 : row.num_pages;
-  const int own_pages = indexed_pages > split ? (indexed_pages - 1 - split) / num_splits + 1 : 0;
+  const int own_pages = row.num_pages > split ? (row.num_pages - 1 - split) / num_splits + 1 : 0;
   const int thread = threadIdx.x, lane = warp.lane, warp_index = thread / 32;
-  // A block's warps share the tiles of its split; of a dense row, all splits' warps.
-  const int first = dense ? warp_index * num_splits + split : warp_index;
-  const int step = dense ? Traits::kWarps * num_splits : Traits::kWarps;
 
   // The tail page's tiles are dealt from the last split on: it has the fewest pages.
   const int all_tail_rows = row.seq_len - row.num_pages * kPageRows;
@@ -331,7 +294,6 @@ __device__ __forceinline__ void attend(const SparseDecodeParams& p, const Decode
     num_tail_rows += min(kTileRows, all_tail_rows - tile * kTileRows);
   }
 
-#pragma unroll 1
   for (int window = 0; window == 0 || window < own_pages; window += max_window_pages) {
     const int first_page = split + window * num_splits;
     const int window_pages = max(0, min(max_window_pages, own_pages - window));
@@ -347,64 +309,125 @@ __device__ __forceinline__ void attend(const SparseDecodeParams& p, const Decode
     };
 
     // Means do not depend on the selection: they are fetched before it is there.
-    const T* source = nullptr;  // of this lane, in the tile to fetch next
     const WindowClusters clusters = find_clusters(p, row, first_page, window_pages);
-    if (first < mean_tiles) {
-      source = mean_of_lane(first);
-      warp.load_tile(source, false, 0);
-    }
+    if (warp_index < mean_tiles) warp.template load_tile<false>(mean_of_lane(warp_index), 0);
     cp_async_commit();
     if (window == 0) wait_for_previous_kernel();
 
-    int num_selected = 0, num_rows = row.seq_len, selected_rows = 0, sinks = 0;
-    if (!dense) {
-      const int total = list_selected(p, row, clusters, log_clusters, shared);
-      num_selected = total >> 16;
-      selected_rows = total & 0xffff;
-      sinks = first_page == 0 && window_pages > 0 ? static_cast<int>(p.num_sink_tokens) : 0;
-      num_rows = sinks + selected_rows + (window == 0 ? num_tail_rows : 0);
+    uint64_t selected = 0;  // a byte a cluster
+    if (clusters.first >= 0) {
+      selected = *reinterpret_cast<const uint64_t*>(row.selected + clusters.first);
     }
-    // Exact rows: sinks, selected clusters, tail page; or the tokens of a dense row.
+    int own = 0;  // selected clusters * 2^16 + their rows
+    int start = clusters.start;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int count = clusters.ends[i] - start;
+      const bool is_selected = selected >> (8 * i) & 1;
+      start = clusters.ends[i];
+      own += is_selected && count > 0 ? 1 << 16 | count : 0;
+      shared.log_counts[thread * 8 + i] =
+          is_selected || count <= 0 ? -INFINITY : log2f(static_cast<float>(count));
+    }
+    int inclusive = own;
+#pragma unroll
+    for (int i = 1; i < 32; i *= 2) {
+      const int other = __shfl_up_sync(~0u, inclusive, i);
+      if (lane >= i) inclusive += other;
+    }
+    if (lane == 31) shared.warp_totals[warp_index] = inclusive;
+    __syncthreads();
+    int before = inclusive - own, total = 0;
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      if (w < warp_index) before += shared.warp_totals[w];
+      total += shared.warp_totals[w];
+    }
+    start = clusters.start;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int count = clusters.ends[i] - start;
+      if (selected >> (8 * i) & 1 && count > 0) {
+        shared.starts[before >> 16] =
+            static_cast<uint16_t>((thread * 8 >> log_clusters) * kPageRows + start);
+        shared.rows_before[before >> 16] = static_cast<uint16_t>(before);
+        before += 1 << 16 | count;
+      }
+      start = clusters.ends[i];
+    }
+    __syncthreads();
+
+    // Exact rows: sinks, selected clusters, tail page.
+    const int num_selected = total >> 16, selected_rows = total & 0xffff;
+    const int sinks = first_page == 0 && window_pages > 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+    const int num_rows = sinks + selected_rows + (window == 0 ? num_tail_rows : 0);
     const auto row_of_lane = [&](int tile) -> const T* {
       int i = tile * kTileRows + lane;
       if (lane >= kTileRows || i >= num_rows) return nullptr;
-      int page = 0, at = i;
-      if (dense) {
-        page = i / kPageRows;
-        at = i % kPageRows;
-      } else if (i >= sinks) {
-        i -= sinks;
-        if (i < selected_rows) {
-          int entry = 0;  // the last one with rows_before <= i
-          for (int jump = 1 << (31 - __clz(num_selected)); jump > 0; jump /= 2) {
-            if (entry + jump < num_selected && shared.rows_before[entry + jump] <= i) {
-              entry += jump;
-            }
-          }
-          at = shared.starts[entry] + i - shared.rows_before[entry];
-          page = page_of(at / kPageRows);
-          at %= kPageRows;
-        } else {
-          i -= selected_rows;
-          page = row.num_pages;
-          at = (first_tail_tile + i / kTileRows * num_splits) * kTileRows + i % kTileRows;
+      int page, at;
+      if (i < sinks) {
+        page = 0;
+        at = i;
+      } else if ((i -= sinks) < selected_rows) {
+        int entry = 0;  // the last one with rows_before <= i
+        for (int step = 1 << (31 - __clz(num_selected)); step > 0; step /= 2) {
+          if (entry + step < num_selected && shared.rows_before[entry + step] <= i) entry += step;
         }
+        at = shared.starts[entry] + i - shared.rows_before[entry];
+        page = page_of(at / kPageRows);
+        at %= kPageRows;
+      } else {
+        i -= selected_rows;
+        page = row.num_pages;
+        at = (first_tail_tile + i / kTileRows * num_splits) * kTileRows + i % kTileRows;
       }
       return row.kv + int64_t{row.block_table[page]} * p.pages.kv_block_stride +
              at * p.pages.kv_row_stride;
     };
+    // Scores of a tile of means: of rows g and g + 8, and this thread's heads.
+    const auto load_scores = [&](int tile, float (&scores)[kHeadTiles][4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int mean = min(tile * kTileRows + warp.g + i / 2 * 8, num_means - 1);
+        const int cluster =
+            page_of(mean >> log_clusters) * num_clusters + (mean & (num_clusters - 1));
+#pragma unroll
+        for (int t = 0; t < kHeadTiles; ++t) {
+          const int head = min(t * 8 + warp.j * 2 + i % 2, row.group - 1);
+          scores[t][i] = row.scores[head * p.max_clusters + cluster];
+        }
+      }
+    };
 
     // One tile is attended to, one is on its way, of one more the rows are looked up.
-    // The first turn only fetches.
     const int num_tiles = mean_tiles + (num_rows + kTileRows - 1) / kTileRows;
     float next_scores[kHeadTiles][4];
-    int stage = 1;
-    if (first >= mean_tiles && first < num_tiles) source = row_of_lane(first - mean_tiles);
-#pragma unroll 1
-    for (int tile = first - step; tile < num_tiles; tile += step) {
-      const int next = tile + step;
+    const T* source = nullptr;  // of this lane, in the tile to fetch next
+    const auto look_up = [&](int tile) {
+      if (tile < num_tiles) {
+        source = tile < mean_tiles ? mean_of_lane(tile) : row_of_lane(tile - mean_tiles);
+      }
+    };
+    const auto load = [&](int tile, int stage) {
+      if (tile < mean_tiles) {
+        warp.template load_tile<false>(source, stage);
+        load_scores(tile, next_scores);
+      } else if (tile < num_tiles) {
+        warp.template load_tile<true>(source, stage);
+      }
+    };
+    if (warp_index < mean_tiles) {
+      load_scores(warp_index, next_scores);
+    } else {
+      look_up(warp_index);
+      load(warp_index, 0);
+    }
+    cp_async_commit();
+    look_up(warp_index + kStep);
+    int stage = 0;
+    for (int tile = warp_index; tile < num_tiles; tile += kStep) {
       float logits[kHeadTiles][4];
-      if (tile >= 0 && tile < mean_tiles) {
+      if (tile < mean_tiles) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int mean = tile * kTileRows + warp.g + i / 2 * 8;
@@ -416,35 +439,15 @@ __device__ __forceinline__ void attend(const SparseDecodeParams& p, const Decode
           }
         }
       }
-      const bool fetched = tile < 0 && next < mean_tiles;  // before the selection
-      if (next < num_tiles && !fetched) warp.load_tile(source, next >= mean_tiles, stage ^ 1);
+      load(tile + kStep, stage ^ 1);
       cp_async_commit();
-      if (next < mean_tiles) {
-        // Scores of rows g and g + 8, and this thread's heads.
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int mean = min(next * kTileRows + warp.g + i / 2 * 8, num_means - 1);
-          const int cluster =
-              page_of(mean >> log_clusters) * num_clusters + (mean & (num_clusters - 1));
-#pragma unroll
-          for (int t = 0; t < kHeadTiles; ++t) {
-            const int head = min(t * 8 + warp.j * 2 + i % 2, row.group - 1);
-            next_scores[t][i] = row.scores[head * p.max_clusters + cluster];
-          }
-        }
+      look_up(tile + 2 * kStep);
+      warp.wait_tile();
+      if (tile >= mean_tiles) {
+        warp.score_tile(stage, num_rows - (tile - mean_tiles) * kTileRows, p.scale, logits);
       }
-      const int after = next + step;
-      if (after < num_tiles) {
-        source = after < mean_tiles ? mean_of_lane(after) : row_of_lane(after - mean_tiles);
-      }
-      if (tile >= 0) {
-        warp.wait_tile();
-        if (tile >= mean_tiles) {
-          warp.score_tile(stage, num_rows - (tile - mean_tiles) * kTileRows, p.scale, logits);
-        }
-        warp.attend_tile(stage, logits);
-        __syncwarp();
-      }
+      warp.attend_tile(stage, logits);
+      __syncwarp();
       stage ^= 1;
     }
     __syncthreads();  // shared is written anew
@@ -542,13 +545,16 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   warp.j = warp.lane % 4;
   warp.stages = smem_address(smem) + threadIdx.x / 32 * Traits::kStages * Traits::kStageBytes;
   const bool dense = is_dense(row.seq_len, p.rows.min_sparse_lens[req]);
+  if (dense || row.seq_len == 0) wait_for_previous_kernel();
   if (row.seq_len > 0) {
     warp.load_query(static_cast<const T*>(p.query) + req * p.query_row_stride +
                         kv_head * group * p.query_head_stride,
                     p.query_head_stride, group);
-    attend(p, row, dense, shared, warp);
-  } else {
-    wait_for_previous_kernel();
+    if (dense) {
+      attend_densely(p, row, warp);
+    } else {
+      attend_sparsely(p, row, shared, warp);
+    }
   }
   start_next_kernel();
   write_partial(p, first_head, group, reinterpret_cast<float*>(smem), warp);
