@@ -5,6 +5,7 @@
 FlashAttention's builder is replaced: it takes what it is given.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +17,13 @@ from vllm_clusterkv import cuda_backend, indexing
 from vllm_clusterkv.cuda_backend import (
     ALWAYS_DENSE,
     ClusterKVCUDAMetadataBuilder,
+    crossover_len,
     num_splits,
 )
 from vllm_clusterkv.page_layout import PageLayout
 
 LAYOUT = PageLayout(num_kv_heads=2, head_size=64, num_clusters=16, dtype=torch.bfloat16)
-NUM_BLOCKS, MAX_BLOCKS, MAX_REQS = 40, 8, 6
+NUM_BLOCKS, MAX_BLOCKS, MAX_REQS = 40, 8, 16
 MIN_SPARSE_LEN = 300
 
 
@@ -217,6 +219,20 @@ def test_rows_that_prefill_in_a_full_graph_are_dense_for_that_step(builder):
     assert min_sparse_lens(captured) == [sparse, dense, sparse, dense, sparse, sparse]
     builder.build(0, tables.batch(*args, [False] * 4, [0] * 4, num_reqs=6))
     assert min_sparse_lens(captured) == [sparse] * 6
+
+
+def test_larger_batches_select_from_shorter_contexts(builder):
+    builder.config = replace(builder.config, min_sparse_len=None)
+    tables = Tables()
+    args = ([700], [1], [False], [0])
+    alone = crossover_len(1, LAYOUT.num_kv_heads)
+    assert min_sparse_lens(builder.build(0, tables.batch(*args))) == [alone]
+    many = 32 // LAYOUT.num_kv_heads
+    together = crossover_len(many, LAYOUT.num_kv_heads)
+    assert together < alone and many <= MAX_REQS
+    metadata = builder.build(0, tables.batch(*(arg * many for arg in args)))
+    assert min_sparse_lens(metadata) == [together] * many
+    assert min_sparse_lens(builder.build(0, tables.batch(*args))) == [alone]
 
 
 def test_new_kv_cache_is_bound(builder):
