@@ -10,7 +10,7 @@ EXTENSION := vllm_clusterkv/_C.abi3.so
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model demo test test-unit test-gpu lint format bench clean FORCE
+.PHONY: help setup model demo test test-unit test-gpu sanitize-gpu lint format bench clean FORCE
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,10 @@ test-unit: setup ## the tests that need no model
 test-gpu: ## the GPU tests, with the vLLM for CUDA and plugin that $(PYTHON) has
 	@$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
 	$(PYTHON) -m pytest tests/ops tests/e2e_gpu
+
+sanitize-gpu: ## the ops under compute-sanitizer, with the plugin that $(PYTHON) has
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tools/sanitize_ops.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tools/sanitize_ops.py
 
 lint: setup ## ruff, mypy, clang-format, include rules
 	$(BIN)/ruff check

@@ -26,6 +26,11 @@ page has index ``i * num_clusters + c``. Entries beyond a row's indexed pages, a
 of a dense row's, are neither read nor written. The last dimension of every tensor is
 dense. All tensors of a call are on one device.
 
+On CUDA devices, ``select_clusters`` and ``sparse_decode`` read everything but what the
+op before them wrote while that op still runs (programmatic dependent launch). So a
+kernel that writes a query, block table, length or page may come right before
+``score_clusters`` only.
+
 A wrong device, shape, dtype or stride raises RuntimeError naming the argument, what
 was expected and what came.
 """
