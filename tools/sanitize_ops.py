@@ -16,13 +16,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tests.ops.test_sparse_decode import WINDOWS
 from tests.support import cases
 from tests.support.inputs import make_decode_inputs
 from vllm_clusterkv import ops
 
 KINDS = [
     case
-    for case in cases.ALL + cases.DENSE
+    for case in cases.ALL + cases.DENSE + WINDOWS
     if case.dtype != torch.float32 and case.head_size in (64, 96, 128, 256)
 ]
 

@@ -87,7 +87,7 @@ def index_pages(
         kv_cache: Rows of the listed pages are permuted, K with its V.
         centroids: Receives the means, computed in fp32.
         cluster_ends: Receives the ends.
-        block_ids: [num_pages] int32. Pages to index; -1 entries are skipped.
+        block_ids: [num_pages] int32. Pages to index, each once; -1 entries are skipped.
         num_sink_tokens: [num_pages] int32. Rows at the page's start that stay where
             they are and join no cluster: the attention sinks of a request's first
             page, 0 in any other.

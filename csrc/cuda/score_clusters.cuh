@@ -105,9 +105,10 @@ __device__ __forceinline__ int num_row_clusters(const SemanticPages& pages, cons
 template <typename T, int kHeadSize, int kHeadTiles>
 __global__ void __launch_bounds__(kScoreWarps * 32)
     score_clusters_kernel(const ScoreClustersParams p) {
-  const int num_clusters = num_row_clusters(p.pages, p.rows, blockIdx.z);
+  // The kernel before may be anyone's, and may write what is read first.
   wait_for_previous_kernel();
   start_next_kernel();
+  const int num_clusters = num_row_clusters(p.pages, p.rows, blockIdx.z);
   score_range<T, kHeadSize, kHeadTiles>(p, blockIdx.z, blockIdx.y, 0, num_clusters,
                                         blockIdx.x * kScoreWarps + threadIdx.x / 32,
                                         gridDim.x * kScoreWarps);

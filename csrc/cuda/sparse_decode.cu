@@ -18,6 +18,8 @@ void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor clust
   check_decode_shapes("sparse_decode", params.pages, params.rows);
   check_aligned("sparse_decode", "query", params.query,
                 {params.query_row_stride, params.query_head_stride});
+  check_aligned("sparse_decode", "selected", params.selected, {}, 8);
+  check_aligned("sparse_decode", "workspace", params.workspace, {}, 8);
   if (params.rows.num_reqs == 0) return;
   const LaunchContext context("sparse_decode", kv_cache);
   const auto num_splits = static_cast<unsigned>(params.num_splits);

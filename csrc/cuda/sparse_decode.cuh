@@ -87,9 +87,7 @@ struct DecodeWarp {
 
   WarpState<kHeadSize, kHeadTiles> state;
   uint32_t query[kHeadTiles][kSteps][2];
-  uint32_t stages;        // this warp's, in shared memory
-  uint32_t barriers;      // of the stages
-  uint32_t parities = 0;  // of the phase under way, a bit a stage
+  uint32_t stages;  // this warp's, in shared memory
   int lane, g, j;
 
   __device__ void load_query(const T* heads, int64_t head_stride, int group) {
@@ -247,9 +245,9 @@ __device__ void attend_densely(const SparseDecodeParams& p, const DecodeRow<T>& 
 
 // Eight consecutive clusters of one page, a thread's share of a window.
 struct WindowClusters {
-  int first;         // in the row; -1 for none
-  int start;         // first row in the page
-  uint16_t ends[8];  // as cluster_ends
+  alignas(16) uint16_t ends[8];  // as cluster_ends
+  int first;                     // in the row; -1 for none
+  int start;                     // first row in the page
 };
 
 // What is known before the selection is.
@@ -545,7 +543,7 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   warp.j = warp.lane % 4;
   warp.stages = smem_address(smem) + threadIdx.x / 32 * Traits::kStages * Traits::kStageBytes;
   const bool dense = is_dense(row.seq_len, p.rows.min_sparse_lens[req]);
-  if (dense || row.seq_len == 0) wait_for_previous_kernel();
+  if (dense || row.seq_len <= 0) wait_for_previous_kernel();
   if (row.seq_len > 0) {
     warp.load_query(static_cast<const T*>(p.query) + req * p.query_row_stride +
                         kv_head * group * p.query_head_stride,

@@ -28,6 +28,27 @@ from vllm_clusterkv.page_layout import PageLayout
 SMALL = cases.DecodeCase((257, 300), group=2)
 
 
+# More pages a split than a CUDA block looks at at once; few and all clusters selected.
+WINDOWS = [
+    cases.DecodeCase(
+        (256 * num_pages + 7,),
+        head_size=head_size,
+        num_kv_heads=1,
+        group=2,
+        tokens_per_cluster=tokens_per_cluster,
+        token_budget=token_budget,
+        num_splits=1,
+    )
+    for num_pages, head_size, tokens_per_cluster in (
+        (33, 128, 32),
+        (17, 256, 32),
+        (65, 96, 16),
+        (129, 64, 8),
+    )
+    for token_budget in (500, 10**6)
+]
+
+
 def prepare(case):
     """Inputs on the CPU with the reference's scores and selection."""
     inputs = make_decode_inputs(case)
@@ -36,7 +57,7 @@ def prepare(case):
 
 
 @pytest.mark.parametrize("tail_estimate", [True, False], ids=["tail", "no_tail"])
-@pytest.mark.parametrize("case", cases.ALL, ids=str)
+@pytest.mark.parametrize("case", cases.ALL + WINDOWS, ids=str)
 def test_output_matches_the_reference(case, tail_estimate, device):
     inputs, scores, selected = prepare(case)
     on_device = inputs.to(device)
