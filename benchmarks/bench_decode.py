@@ -27,6 +27,7 @@ from engine import (
     Engine,
     add_engine_arguments,
     check_alike,
+    draw,
     random_prompt,
     run_child,
     run_sides,
@@ -154,12 +155,7 @@ def main() -> None:
     rows, facts = run_sides("decode", __file__, args, common, task)
     print_ratios(rows)
     check_alike(args, facts)
-    try:
-        from plots import plot_engine_decode
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    plot_engine_decode(args.out / "decode.csv", args.out / "decode.png")
+    draw("plot_engine_decode", args.out, "decode")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from engine import (
     Engine,
     add_engine_arguments,
     check_alike,
+    draw,
     random_prompt,
     run_child,
     run_sides,
@@ -90,12 +91,7 @@ def main() -> None:
     rows, facts = run_sides("prefill", __file__, args, common, task)
     print_ratios(rows)
     check_alike(args, facts)
-    try:
-        from plots import plot_prefill
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    plot_prefill(args.out / "prefill.csv", args.out / "prefill.png")
+    draw("plot_prefill", args.out, "prefill")
 
 
 if __name__ == "__main__":

@@ -359,3 +359,13 @@ def write_results(
         writer = csv.DictWriter(file, full[0])
         writer.writeheader()
         writer.writerows(full)
+
+
+def draw(plot_name: str, out: Path, stem: str) -> None:
+    """Draws ``stem``.csv by a function of plots.py, where matplotlib is installed."""
+    try:
+        import plots
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    getattr(plots, plot_name)(out / f"{stem}.csv", out / f"{stem}.png")

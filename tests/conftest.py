@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""The ``device`` fixture: every op test is written once and runs on each device."""
+"""The ``device`` fixture: every op test is written once and runs on each device. The
+model and its text, for the tests that start vLLM."""
 
 import pytest
 import torch
 
 from tests.support import cases
+from tests.support.prompts import encode_text, find_model
 
 _DEVICES = ["cpu"]
 if torch.cuda.is_available():
@@ -36,6 +38,25 @@ def _exists(item) -> bool:
     dtype = getattr(case, "dtype", params.get("dtype", cases.BF16))
     head_size = getattr(case, "head_size", params.get("head_size", 64))
     return dtype in cases.CUDA_DTYPES and head_size in cases.CUDA_HEAD_SIZES
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """Folder of SmolLM2-135M-Instruct."""
+    return find_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+@pytest.fixture(scope="session")
+def text_ids(tokenizer) -> list[int]:
+    """About 30k tokens of English."""
+    return encode_text(tokenizer)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ state: no request ids, no tables, nothing to clean up.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -25,6 +25,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
+    AttentionLayer,
     AttentionType,
     MultipleOf,
 )
@@ -348,6 +349,56 @@ class ClusterKVImpl(AttentionImpl):
             get_current_vllm_config().additional_config
         )
         ClusterKVBackend.config = self.config
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends.
+
+        Args:
+            layer: The attention layer.
+            query: [num_tokens, num_heads, head_size].
+            key: [num_tokens, num_kv_heads, head_size]; in the cache already.
+            value: As ``key``.
+            kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size].
+            attn_metadata: The batch, of the platform's type; None in the profile run.
+            output: [num_tokens, num_heads, head_size]. Written.
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+
+        Returns:
+            ``output``.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "clusterkv attention backend: fused output quantization"
+            )
+        if attn_metadata is None:
+            return output.fill_(0)
+        self._attend(layer, query, key, value, kv_cache, attn_metadata, output)
+        return output
+
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """The phases of a step that the platform runs in a layer; as ``forward``."""
+        raise NotImplementedError
 
 
 def log_settings(config: ClusterKVConfig, layout: PageLayout) -> None:

@@ -237,40 +237,16 @@ class ClusterKVCPUImpl(ClusterKVImpl):
             rows, slot_mapping = rows[kept], slot_mapping[kept]
         kv_cache[slot_mapping // BLOCK_SIZE, :, slot_mapping % BLOCK_SIZE] = rows
 
-    def forward(
+    def _attend(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: ClusterKVCPUMetadata | None,
+        attn_metadata: ClusterKVCPUMetadata,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attends, and indexes the pages that the step completed.
-
-        Args:
-            layer: The attention layer.
-            query: [num_tokens, num_heads, head_size].
-            key: [num_tokens, num_kv_heads, head_size]; in the cache already.
-            value: As ``key``.
-            kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size].
-            attn_metadata: The batch; None in the profile run.
-            output: [num_tokens, num_heads, head_size]. Written.
-            output_scale: Not supported.
-            output_block_scale: Not supported.
-
-        Returns:
-            ``output``.
-        """
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError(
-                "clusterkv attention backend: fused output quantization"
-            )
-        if attn_metadata is None:
-            return output
+    ) -> None:
         num_tokens = attn_metadata.num_actual_tokens
         num_decode_tokens = attn_metadata.num_decode_tokens
         pages = self._semantic_pages(kv_cache)
@@ -295,7 +271,6 @@ class ClusterKVCPUImpl(ClusterKVImpl):
                 self._new_scratch(attn_metadata.decode.block_table),
                 output[:num_decode_tokens],
             )
-        return output
 
     def _prefill(
         self,

@@ -380,40 +380,16 @@ class ClusterKVCUDAImpl(ClusterKVImpl):
         """Writes the step's K and V to their slots; a slot of -1 is padding."""
         self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
-    def forward(
+    def _attend(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: ClusterKVCUDAMetadata | None,
+        attn_metadata: ClusterKVCUDAMetadata,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attends.
-
-        Args:
-            layer: The attention layer.
-            query: [num_tokens, num_heads, head_size].
-            key: [num_tokens, num_kv_heads, head_size]; in the cache already.
-            value: As ``key``.
-            kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size].
-            attn_metadata: The batch; None in the profile run.
-            output: [num_tokens, num_heads, head_size]. Written.
-            output_scale: Not supported.
-            output_block_scale: Not supported.
-
-        Returns:
-            ``output``.
-        """
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError(
-                "clusterkv attention backend: fused output quantization"
-            )
-        if attn_metadata is None:
-            return output.fill_(0)
+    ) -> None:
         num_tokens = attn_metadata.num_actual_tokens
         num_decode_tokens = attn_metadata.num_decode_tokens
         if attn_metadata.prefill is not None:
@@ -438,7 +414,6 @@ class ClusterKVCUDAImpl(ClusterKVImpl):
                 self.scratch,
                 output[:num_decode_tokens],
             )
-        return output
 
 
 # Layers run one after another, so those of one shape share their scratch. It lives as

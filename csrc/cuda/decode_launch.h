@@ -5,8 +5,6 @@
 // Host code only.
 #pragma once
 
-#include <initializer_list>
-
 #include "../checks.h"
 #include "launch.h"
 
@@ -27,16 +25,6 @@ inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
 }
 
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-// Kernels copy 16 bytes at a time, or as many as said: pointers and strides must be
-// multiples of that.
-inline void check_aligned(const char* op, const char* name, const void* pointer,
-                          std::initializer_list<int64_t> strides, int bytes = 16) {
-  bool aligned = reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-  for (const int64_t stride : strides) aligned = aligned && stride % 8 == 0;
-  STD_TORCH_CHECK(aligned, op, ": ", name, " must be aligned to ", bytes,
-                  " bytes, each row of it too, on CUDA");
-}
 
 inline void check_decode_shapes(const char* op, const SemanticPages& pages,
                                 const DecodeRows& rows) {

@@ -2,8 +2,6 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 #include <torch/csrc/stable/library.h>
 
-#include <initializer_list>
-
 #include "../checks.h"
 #include "index_pages.cuh"
 #include "launch.h"
@@ -54,13 +52,6 @@ void with_head_size(const LaunchContext& context, const IndexPagesParams& params
   }
 }
 
-void check_aligned(const char* name, const void* pointer, std::initializer_list<int64_t> strides) {
-  bool aligned = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  for (const int64_t stride : strides) aligned = aligned && stride % 8 == 0;
-  STD_TORCH_CHECK(aligned, kOp, ": ", name,
-                  " must be aligned to 16 bytes, each row of it too, on CUDA");
-}
-
 void index_pages(Tensor kv_cache, Tensor centroids, Tensor cluster_ends, Tensor block_ids,
                  Tensor num_sink_tokens, int64_t num_iters) {
   const IndexPagesParams params =
@@ -68,9 +59,9 @@ void index_pages(Tensor kv_cache, Tensor centroids, Tensor cluster_ends, Tensor 
   STD_TORCH_CHECK(params.pages.block_size == kPageRows, kOp, ": pages must be of ", kPageRows,
                   " tokens on CUDA, got ", params.pages.block_size);
   const SemanticPages& pages = params.pages;
-  check_aligned("kv_cache", pages.kv_cache,
+  check_aligned(kOp, "kv_cache", pages.kv_cache,
                 {pages.kv_block_stride, pages.kv_head_stride, pages.kv_row_stride});
-  check_aligned("centroids", pages.centroids,
+  check_aligned(kOp, "centroids", pages.centroids,
                 {pages.centroid_block_stride, pages.centroid_head_stride,
                  pages.centroid_value_offset, pages.centroid_row_stride});
   if (params.num_pages == 0) return;

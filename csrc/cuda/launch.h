@@ -23,6 +23,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 // Runs the statements with `scalar_t` bound to the CUDA type of the KV cache's
 // elements. CUDA kernels take 16-bit caches; fp32 is for CPUs.
@@ -42,6 +43,16 @@
   } while (false)
 
 namespace clusterkv::cuda {
+
+// Kernels copy 16 bytes at a time, or as many as said: pointers and strides must be
+// multiples of that.
+inline void check_aligned(const char* op, const char* name, const void* pointer,
+                          std::initializer_list<int64_t> strides, int bytes = 16) {
+  bool aligned = reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+  for (const int64_t stride : strides) aligned = aligned && stride % 8 == 0;
+  STD_TORCH_CHECK(aligned, op, ": ", name, " must be aligned to ", bytes,
+                  " bytes, each row of it too, on CUDA");
+}
 
 // Makes the tensor's device current for its lifetime, and launches on the stream
 // that torch has current there.

@@ -12,6 +12,8 @@
 
 namespace clusterkv::cuda {
 
+constexpr float kLog2e = 1.4426950408889634f;  // exp(x) = 2^(kLog2e x)
+
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -24,7 +24,6 @@ constexpr int kFirstShift = 20;  // 11 leading bits: the exponent and 3 of the m
 constexpr int kNextBits = 10;    // then twice 10
 constexpr int kBins = 1 << (31 - kFirstShift);
 constexpr int kMaxCandidates = 256;  // clusters of one bin to rank by comparison
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct SelectShared {
   int bins[kBins];                // tokens by leading bits

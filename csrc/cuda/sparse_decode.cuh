@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
-// Decode attention over chosen rows of the KV cache, split over blocks and merged.
-//
-// A warp attends to tiles of 16 rows, each with its own running softmax. Keys are the
-// rows and query heads the columns of a fragment (S^T = K Q^T, O^T = V^T P^T), so up to
-// eight query heads fill a tensor core's tile. Tiles come to shared memory by
-// asynchronous copies, kStages deep and for each warp apart: in the loop no warp waits
-// for another.
+// Decode attention over chosen rows of the KV cache, split over blocks: which rows.
+// tile_attention.cuh has how a warp attends to them, merge_partials.cuh what becomes of
+// the warps' and splits' results.
 //
 // A tile is one of
 //   exact rows   any 16 rows of the row's pages: sinks, selected clusters, tail page
@@ -20,181 +16,27 @@
 // single one as a rule.
 #pragma once
 
-#include <type_traits>
-
 #include "../params.h"
+#include "merge_partials.cuh"
 #include "ptx.cuh"
+#include "tile_attention.cuh"
 
 namespace clusterkv::cuda {
 
-constexpr int kTileRows = 16;
 constexpr int kPageRows = 256;
-constexpr float kLog2 = 1.4426950408889634f;  // logits are in base 2
-
-template <int kHeadSize>
-struct DecodeTraits {
-  static constexpr int kWarps = kHeadSize > 128 ? 2 : 4;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kStages = 2;
-  static constexpr int kRowBytes = kHeadSize * 4;  // K | V
-  // 16 bytes of padding: ldmatrix then reads eight rows from different banks.
-  static constexpr int kPitchBytes = kRowBytes + 16;
-  static constexpr int kStageBytes = kTileRows * kPitchBytes;
-  static constexpr int kTileBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kClustersAThread = 8;  // of one page: pages have 8, 16 or 32
-  static constexpr int kWindowClusters = kThreads * kClustersAThread;
-};
+constexpr int kClustersAThread = 8;  // of one page: pages have 8, 16 or 32
 
 // What the threads of a block tell each other of a window.
 template <int kHeadSize>
 struct SparseShared {
   using Traits = DecodeTraits<kHeadSize>;
+  static constexpr int kWindowClusters = Traits::kThreads * kClustersAThread;
   // The selected clusters: page in the window * 256 + first row, and the rows of the
   // selected clusters before.
-  uint16_t starts[Traits::kWindowClusters];
-  uint16_t rows_before[Traits::kWindowClusters];
-  float log_counts[Traits::kWindowClusters];  // of all; minus infinity: no mean
+  uint16_t starts[kWindowClusters];
+  uint16_t rows_before[kWindowClusters];
+  float log_counts[kWindowClusters];  // of all; minus infinity: no mean
   int warp_totals[Traits::kWarps];
-};
-
-// Attention of one warp to the rows it has seen, for 8 * kHeadTiles query heads. In
-// fragments, query heads are columns: this thread's are t * 8 + 2 j and + 1.
-template <int kHeadSize, int kHeadTiles>
-struct WarpState {
-  float max[kHeadTiles][2];
-  float sum[kHeadTiles][2];                  // of this thread's rows only
-  float out[kHeadTiles][kHeadSize / 16][4];  // elements g and g + 8 of 16, not normalised
-
-  __device__ WarpState() {
-#pragma unroll
-    for (int t = 0; t < kHeadTiles; ++t) {
-      max[t][0] = max[t][1] = -INFINITY;
-      sum[t][0] = sum[t][1] = 0.0f;
-#pragma unroll
-      for (int d = 0; d < kHeadSize / 16; ++d) {
-        out[t][d][0] = out[t][d][1] = out[t][d][2] = out[t][d][3] = 0.0f;
-      }
-    }
-  }
-};
-
-template <typename T, int kHeadSize, int kHeadTiles>
-struct DecodeWarp {
-  using Traits = DecodeTraits<kHeadSize>;
-  static constexpr int kSteps = kHeadSize / 16;
-  // fp16 knows no weights below 2^-24. All are raised by 2^12, and so is their sum.
-  static constexpr float kRaise = std::is_same_v<T, __half> ? 12.0f : 0.0f;
-
-  WarpState<kHeadSize, kHeadTiles> state;
-  uint32_t query[kHeadTiles][kSteps][2];
-  uint32_t stages;  // this warp's, in shared memory
-  int lane, g, j;
-
-  __device__ void load_query(const T* heads, int64_t head_stride, int group) {
-#pragma unroll
-    for (int t = 0; t < kHeadTiles; ++t) {
-      const int head = t * 8 + g;
-      const T* row = heads + head * head_stride + j * 2;
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        const bool valid = head < group;
-        query[t][k][0] = valid ? *reinterpret_cast<const uint32_t*>(row + k * 16) : 0;
-        query[t][k][1] = valid ? *reinterpret_cast<const uint32_t*>(row + k * 16 + 8) : 0;
-      }
-    }
-  }
-
-  // Starts to copy a tile. Lanes 0 to 15 give its rows, null for none (zeros). kKeys: K
-  // and V of a row, else V alone.
-  template <bool kKeys>
-  __device__ void load_tile(const T* row_of_lane, int stage) {
-    constexpr int kBytes = kKeys ? Traits::kRowBytes : Traits::kRowBytes / 2;
-    constexpr int kFirst = Traits::kRowBytes - kBytes, kChunks = kBytes / 16;
-    const uint32_t base = stages + stage * Traits::kStageBytes + kFirst;
-    const uint64_t address = reinterpret_cast<uint64_t>(row_of_lane);
-#pragma unroll
-    for (int i = 0; i < kTileRows * kChunks / 32; ++i) {
-      const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-      const T* source = reinterpret_cast<const T*>(__shfl_sync(~0u, address, row));
-      cp_async_16(base + row * Traits::kPitchBytes + chunk * 16, source + chunk * 8,
-                  source != nullptr);
-    }
-  }
-
-  // Waits for the stage's tile, of all but the last commit.
-  __device__ void wait_tile() const {
-    cp_async_wait<1>();
-    __syncwarp();
-  }
-
-  // Logits of a tile's keys, in base 2. Rows from num_valid on get minus infinity.
-  __device__ void score_tile(int stage, int num_valid, float scale,
-                             float (&logits)[kHeadTiles][4]) const {
-    const uint32_t base = stages + stage * Traits::kStageBytes;
-    const int row = lane % 16, half = lane / 16;
-    float acc[kHeadTiles][4] = {};
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t keys[4];
-      ldmatrix_x4(keys, base + row * Traits::kPitchBytes + (k * 2 + half) * 16);
-#pragma unroll
-      for (int t = 0; t < kHeadTiles; ++t) {
-        mma_m16n8k16<T>(acc[t], keys, query[t][k][0], query[t][k][1]);
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < kHeadTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        logits[t][i] = g + i / 2 * 8 < num_valid ? acc[t][i] * (scale * kLog2) : -INFINITY;
-      }
-    }
-  }
-
-  // Takes a tile's values into the state.
-  __device__ void attend_tile(int stage, const float (&logits)[kHeadTiles][4]) {
-    uint32_t weights[kHeadTiles][2];
-#pragma unroll
-    for (int t = 0; t < kHeadTiles; ++t) {
-      float p[4], decay[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float max = fmaxf(logits[t][c], logits[t][c + 2]);
-#pragma unroll
-        for (int i = 4; i < 32; i *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-        max = fmaxf(max, state.max[t][c]);
-        const float origin = max == -INFINITY ? 0.0f : max;
-        decay[c] = fast_exp2(state.max[t][c] - origin);
-        p[c] = fast_exp2(logits[t][c] - origin + kRaise);
-        p[c + 2] = fast_exp2(logits[t][c + 2] - origin + kRaise);
-        state.sum[t][c] = state.sum[t][c] * decay[c] + p[c] + p[c + 2];
-        state.max[t][c] = max;
-      }
-      if (__any_sync(~0u, decay[0] != 1.0f || decay[1] != 1.0f)) {
-#pragma unroll
-        for (int d = 0; d < kSteps; ++d) {
-          state.out[t][d][0] *= decay[0];
-          state.out[t][d][1] *= decay[1];
-          state.out[t][d][2] *= decay[0];
-          state.out[t][d][3] *= decay[1];
-        }
-      }
-      weights[t][0] = movmatrix_trans(pack<T>(p[0], p[1]));
-      weights[t][1] = movmatrix_trans(pack<T>(p[2], p[3]));
-    }
-    const uint32_t base = stages + stage * Traits::kStageBytes;
-    const int row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
-#pragma unroll
-    for (int d = 0; d < kSteps; ++d) {
-      uint32_t values[4];
-      ldmatrix_x4_trans(values,
-                        base + row * Traits::kPitchBytes + kHeadSize * 2 + (d * 2 + half) * 16);
-#pragma unroll
-      for (int t = 0; t < kHeadTiles; ++t) {
-        mma_m16n8k16<T>(state.out[t][d], values, weights[t][0], weights[t][1]);
-      }
-    }
-  }
 };
 
 // The rows of one request and KV head, of which a block attends to its split.
@@ -280,7 +122,7 @@ __device__ void attend_sparsely(const SparseDecodeParams& p, const DecodeRow<T>&
   const int num_splits = static_cast<int>(p.num_splits), split = blockIdx.x;
   const int num_clusters = static_cast<int>(p.pages.num_clusters);
   const int log_clusters = 31 - __clz(num_clusters);
-  const int max_window_pages = Traits::kWindowClusters >> log_clusters;
+  const int max_window_pages = SparseShared<kHeadSize>::kWindowClusters >> log_clusters;
   const int own_pages = row.num_pages > split ? (row.num_pages - 1 - split) / num_splits + 1 : 0;
   const int thread = threadIdx.x, lane = warp.lane, warp_index = thread / 32;
 
@@ -433,7 +275,7 @@ __device__ void attend_sparsely(const SparseDecodeParams& p, const DecodeRow<T>&
 #pragma unroll
           for (int t = 0; t < kHeadTiles; ++t) {
             logits[t][i] =
-                log_count == -INFINITY ? log_count : next_scores[t][i] * kLog2 + log_count;
+                log_count == -INFINITY ? log_count : next_scores[t][i] * kLog2e + log_count;
           }
         }
       }
@@ -449,68 +291,6 @@ __device__ void attend_sparsely(const SparseDecodeParams& p, const DecodeRow<T>&
       stage ^= 1;
     }
     __syncthreads();  // shared is written anew
-  }
-}
-
-// Merges the block's warps and writes their output, max and sum to the workspace.
-template <typename T, int kHeadSize, int kHeadTiles>
-__device__ void write_partial(const SparseDecodeParams& p, int64_t first_head, int group,
-                              float* smem, DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
-  using Traits = DecodeTraits<kHeadSize>;
-  constexpr int kHeads = kHeadTiles * 8, kWarps = Traits::kWarps;
-  constexpr int kPitch = kHeadSize + 4;  // fewer bank conflicts
-  static_assert(kWarps * kHeads * (kPitch + 2) * 4 <= Traits::kTileBytes, "fits the stages");
-  float* out = smem;                               // [kWarps, kHeads, kPitch]
-  float* maxima = out + kWarps * kHeads * kPitch;  // [kWarps, kHeads]
-  float* sums = maxima + kWarps * kHeads;
-  const int warp_index = threadIdx.x / 32;
-  __syncthreads();
-#pragma unroll
-  for (int t = 0; t < kHeadTiles; ++t) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int head = t * 8 + warp.j * 2 + c, at = warp_index * kHeads + head;
-      float sum = warp.state.sum[t][c];
-#pragma unroll
-      for (int i = 4; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-      if (head >= group) continue;
-      if (warp.g == 0) {
-        maxima[at] = warp.state.max[t][c];
-        sums[at] = sum;
-      }
-#pragma unroll
-      for (int d = 0; d < kHeadSize / 16; ++d) {
-        out[at * kPitch + d * 16 + warp.g] = warp.state.out[t][d][c];
-        out[at * kPitch + d * 16 + warp.g + 8] = warp.state.out[t][d][c + 2];
-      }
-    }
-  }
-  __syncthreads();
-  constexpr int kAtOnce = 4;  // elements a thread
-  for (int i = threadIdx.x * kAtOnce; i < group * kHeadSize; i += Traits::kThreads * kAtOnce) {
-    const int head = i / kHeadSize, d = i % kHeadSize;
-    float max = -INFINITY;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) max = fmaxf(max, maxima[w * kHeads + head]);
-    const float origin = max == -INFINITY ? 0.0f : max;
-    float4 value{0.0f, 0.0f, 0.0f, 0.0f};
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float weight = fast_exp2(maxima[w * kHeads + head] - origin);
-      const float4 of_warp =
-          *reinterpret_cast<const float4*>(out + (w * kHeads + head) * kPitch + d);
-      value.x += weight * of_warp.x;
-      value.y += weight * of_warp.y;
-      value.z += weight * of_warp.z;
-      value.w += weight * of_warp.w;
-      sum += weight * sums[w * kHeads + head];
-    }
-    float* partial =
-        p.workspace + ((first_head + head) * p.num_splits + blockIdx.x) * (kHeadSize + 2);
-    *reinterpret_cast<float2*>(partial + d) = make_float2(value.x, value.y);
-    *reinterpret_cast<float2*>(partial + d + 2) = make_float2(value.z, value.w);
-    if (d == 0) *reinterpret_cast<float2*>(partial + kHeadSize) = make_float2(max, sum);
   }
 }
 
@@ -556,49 +336,6 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   }
   start_next_kernel();
   write_partial(p, first_head, group, reinterpret_cast<float*>(smem), warp);
-}
-
-// Merges the splits of one row and query head, 32 at a time. Grid: [num_heads, num_reqs].
-template <typename T, int kHeadSize>
-__global__ void __launch_bounds__(kHeadSize) merge_splits_kernel(const SparseDecodeParams p) {
-  const int req = blockIdx.y, head = blockIdx.x, lane = threadIdx.x % 32;
-  const int num_splits = static_cast<int>(p.num_splits);
-  const float* partials =
-      p.workspace + (req * p.rows.num_heads + head) * p.num_splits * (kHeadSize + 2);
-  wait_for_previous_kernel();
-  start_next_kernel();
-  float max = -INFINITY, value = 0.0f, sum = 0.0f;
-  for (int first = 0; first < num_splits; first += 32) {
-    const float* own = partials + (first + lane) * (kHeadSize + 2);
-    const bool valid = first + lane < num_splits;
-    const float own_max = valid ? own[kHeadSize] : -INFINITY;
-    const float own_sum = valid ? own[kHeadSize + 1] : 0.0f;
-    float values[32];
-#pragma unroll
-    for (int s = 0; s < 32; ++s) {
-      values[s] = 0.0f;
-      if (first + s < num_splits) {
-        values[s] = load_now(partials + (first + s) * (kHeadSize + 2) + threadIdx.x);
-      }
-    }
-    float higher = own_max;
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, i));
-    higher = fmaxf(higher, max);
-    const float origin = higher == -INFINITY ? 0.0f : higher;
-    const float decay = fast_exp2(max - origin), weight = fast_exp2(own_max - origin);
-    value *= decay;
-    sum *= decay;
-    max = higher;
-    float weighted = weight * own_sum;
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) weighted += __shfl_xor_sync(~0u, weighted, i);
-    sum += weighted;
-#pragma unroll
-    for (int s = 0; s < 32; ++s) value += __shfl_sync(~0u, weight, s) * values[s];
-  }
-  T* output = static_cast<T*>(p.output) + req * p.output_row_stride + head * p.output_head_stride;
-  output[threadIdx.x] = from_float<T>(sum == 0.0f ? 0.0f : value / sum);
 }
 
 }  // namespace clusterkv::cuda

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import NUM_TOKENS, engine, generate
-from tests.support.prompts import encode_text, find_model, make_prompts
+from tests.support.prompts import make_prompts
 
 # Read by vLLM when it is imported, so before any test module imports it.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -24,25 +24,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("e2e")
-
-
-@pytest.fixture(scope="session")
-def model_path() -> str:
-    """Folder of SmolLM2-135M-Instruct."""
-    return find_model()
-
-
-@pytest.fixture(scope="session")
-def tokenizer(model_path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path)
-
-
-@pytest.fixture(scope="session")
-def text_ids(tokenizer) -> list[int]:
-    """About 30k tokens of English."""
-    return encode_text(tokenizer)
 
 
 @pytest.fixture(scope="session")

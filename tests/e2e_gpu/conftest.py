@@ -38,7 +38,7 @@ from tests.support.engine_jobs import (
     run_rounds,
     run_with_few_pages,
 )
-from tests.support.prompts import encode_text, find_model, make_prompts, needle_prompt
+from tests.support.prompts import make_prompts, needle_prompt
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,25 +66,6 @@ ENGINES = {
 
 # Enough for all 64 prompts to be computed, 600 tokens a step, before the first ends.
 MAX_TOKENS = {"full_batch": 64, "page_end": 40}
-
-
-@pytest.fixture(scope="session")
-def model_path() -> str:
-    """Folder of SmolLM2-135M-Instruct."""
-    return find_model()
-
-
-@pytest.fixture(scope="session")
-def tokenizer(model_path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path)
-
-
-@pytest.fixture(scope="session")
-def text_ids(tokenizer) -> list[int]:
-    """About 30k tokens of English."""
-    return encode_text(tokenizer)
 
 
 @pytest.fixture(scope="session")
