@@ -104,6 +104,20 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// And back.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return float2{__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // A load that stays where it stands: several in a row are all under way at once.
 __device__ __forceinline__ float load_now(const float* pointer) {
   float value;

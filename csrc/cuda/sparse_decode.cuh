@@ -6,14 +6,22 @@
 // the warps' and splits' results.
 //
 // A tile is one of
-//   exact rows   any 16 rows of the row's pages: sinks, selected clusters, tail page
-//   dense rows   16 consecutive tokens of a row that is attended to densely
-//   means        the mean values of 16 clusters; their logits are scores + log(count),
-//                or minus infinity where a cluster was selected
+//   dense rows      16 consecutive tokens of a row that is attended to densely
+//   exact rows      16 rows of a page: sinks, the tail page
+//   means           the mean values of 16 clusters, with logits score + log(count)
+//   selected rows   any 16 rows of selected clusters
+//   selected means  means of 16 selected clusters, with their weights negative
+//
+// Selecting clusters takes long next to attending to them, and few multiprocessors. So
+// all that does not need the selection is done while it runs: the means of all clusters
+// are attended to. Afterwards the selected clusters' rows come in and their means are
+// taken out again. Nothing is lost by that: the rows of a cluster weigh at least as much
+// as its mean (Jensen's inequality), and a mean's weight comes and goes with the same
+// bits (WarpState::max).
 //
 // Split s of a sparse row has pages s, s + num_splits, ... and every num_splits-th tile
-// of the tail page. It takes its pages in windows of at most kWindowClusters clusters, a
-// single one as a rule.
+// of the sinks and the tail page. It takes the selected clusters of its pages in windows
+// of at most kWindowClusters clusters, a single one as a rule.
 #pragma once
 
 #include "../params.h"
@@ -31,11 +39,12 @@ template <int kHeadSize>
 struct SparseShared {
   using Traits = DecodeTraits<kHeadSize>;
   static constexpr int kWindowClusters = Traits::kThreads * kClustersAThread;
-  // The selected clusters: page in the window * 256 + first row, and the rows of the
-  // selected clusters before.
+  // The selected clusters: number in the window, page in the window * 256 + first row,
+  // and the rows of the selected clusters before.
+  uint16_t clusters[kWindowClusters];
   uint16_t starts[kWindowClusters];
-  uint16_t rows_before[kWindowClusters];
-  float log_counts[kWindowClusters];  // of all; minus infinity: no mean
+  uint16_t rows_before[kWindowClusters + 1];
+  int blocks[kWindowClusters / 8];  // of the window's pages
   int warp_totals[Traits::kWarps];
 };
 
@@ -68,7 +77,7 @@ __device__ void attend_densely(const SparseDecodeParams& p, const DecodeRow<T>& 
       const int64_t block = row.block_table[token / kPageRows];
       source = row.kv + block * p.pages.kv_block_stride + token % kPageRows * p.pages.kv_row_stride;
     }
-    warp.template load_tile<true>(source, stage);
+    warp.load_tile(source, stage);
   };
   if (first < num_tiles) load(first, 0);
   cp_async_commit();
@@ -85,208 +94,328 @@ __device__ void attend_densely(const SparseDecodeParams& p, const DecodeRow<T>& 
   }
 }
 
+// A split's pages: split, split + num_splits, ...
+struct SplitPages {
+  int split, num_splits;
+  int size;
+  int log_clusters, num_clusters;  // a page
+
+  __device__ SplitPages(const SparseDecodeParams& p, int num_pages)
+      : split(blockIdx.x), num_splits(static_cast<int>(p.num_splits)) {
+    size = num_pages > split ? (num_pages - 1 - split) / num_splits + 1 : 0;
+    num_clusters = static_cast<int>(p.pages.num_clusters);
+    log_clusters = 31 - __clz(num_clusters);
+  }
+  // Page in the row of the split's cluster `i`, and the cluster's number in that page.
+  __device__ int page(int i) const { return split + (i >> log_clusters) * num_splits; }
+  __device__ int in_page(int i) const { return i & (num_clusters - 1); }
+  __device__ int in_row(int i) const { return page(i) << log_clusters | in_page(i); }
+};
+
+// Logit of a cluster's mean, in base 2, the same bits wherever it is asked for.
+__device__ __forceinline__ float mean_logit(float score, int count) {
+  return count > 0 ? __fmaf_rn(score, kLog2e, __log2f(static_cast<float>(count))) : -INFINITY;
+}
+
+// Attends to the means of a split's clusters. Its tiles are of values alone, so more of
+// them fit where the others' stages are.
+template <typename T, int kHeadSize, int kHeadTiles>
+__device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>& row,
+                                const SplitPages& pages,
+                                DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
+  using Traits = DecodeTraits<kHeadSize>;
+  constexpr int kStep = Traits::kWarps, kStages = Traits::kValueStages;
+  const int num_means = pages.size << pages.log_clusters;
+  const int num_tiles = (num_means + kTileRows - 1) / kTileRows;
+  const int first_tile = threadIdx.x / 32;
+  if (first_tile >= num_tiles) return;
+
+  // Beyond the last tile, the last mean is looked up, and zeros are fetched: no branches.
+  struct Blocks {
+    int of[2];  // of the tile's first and last eight means
+  };
+  const auto look_up = [&](int tile) {
+    Blocks blocks;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      blocks.of[i] = row.block_table[pages.page(min(tile * kTileRows + i * 8, num_means - 1))];
+    }
+    return blocks;
+  };
+  const auto load_values = [&](int tile, const Blocks& blocks, int stage) {
+    const int mean = tile * kTileRows + warp.lane;
+    const T* source =
+        row.mean_values +
+        int64_t{warp.lane < 8 ? blocks.of[0] : blocks.of[1]} * p.pages.centroid_block_stride +
+        pages.in_page(mean) * p.pages.centroid_row_stride;
+    const bool valid = warp.lane < kTileRows && mean < num_means;
+    warp.load_values(valid ? source : nullptr, stage * Traits::kValueStageBytes);
+    cp_async_commit();
+  };
+  // What the logits of means g and g + 8 are made of.
+  float scores[kHeadTiles][4];
+  int ends[2], previous_ends[2];
+  const auto load_logits = [&](int tile, const Blocks& blocks) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int mean = min(tile * kTileRows + warp.g + i * 8, num_means - 1);
+      const int c = pages.in_page(mean);
+      const int16_t* of_page = row.cluster_ends + blocks.of[i] * p.pages.ends_block_stride;
+      ends[i] = of_page[c];
+      previous_ends[i] = of_page[max(c - 1, 0)];
+#pragma unroll
+      for (int t = 0; t < kHeadTiles; ++t) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int head = min(t * 8 + warp.j * 2 + h, row.group - 1);
+          scores[t][i * 2 + h] = __ldcg(row.scores + head * p.max_clusters + pages.in_row(mean));
+        }
+      }
+    }
+  };
+
+  Blocks blocks[kStages];  // of the next tiles
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) blocks[i] = look_up(first_tile + i * kStep);
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) load_values(first_tile + i * kStep, blocks[i], i);
+  load_logits(first_tile, blocks[0]);
+  int stage = 0;
+  for (int tile = first_tile; tile < num_tiles; tile += kStep) {
+    float logits[kHeadTiles][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int mean = tile * kTileRows + warp.g + i * 8;
+      const int sinks = pages.page(mean) == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+      const int start = pages.in_page(mean) > 0 ? previous_ends[i] : sinks;
+      const int count = mean < num_means ? ends[i] - start : 0;
+#pragma unroll
+      for (int t = 0; t < kHeadTiles; ++t) {
+        logits[t][i * 2] = mean_logit(scores[t][i * 2], count);
+        logits[t][i * 2 + 1] = mean_logit(scores[t][i * 2 + 1], count);
+      }
+    }
+    load_logits(tile + kStep, blocks[1]);
+    load_values(tile + (kStages - 1) * kStep, blocks[kStages - 1],
+                stage == 0 ? kStages - 1 : stage - 1);
+#pragma unroll
+    for (int i = 1; i < kStages; ++i) blocks[i - 1] = blocks[i];
+    blocks[kStages - 1] = look_up(tile + kStages * kStep);
+    cp_async_wait<kStages - 1>();
+    __syncwarp();
+    warp.attend_values(stage * Traits::kValueStageBytes, logits, 1.0f);
+    __syncwarp();
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+  cp_async_wait<0>();  // the zeros beyond the last tile
+  __syncwarp();
+}
+
+// Attends to the sinks and the tail page.
+template <typename T, int kHeadSize, int kHeadTiles>
+__device__ void attend_to_ends(const SparseDecodeParams& p, const DecodeRow<T>& row,
+                               const SplitPages& pages,
+                               DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
+  const int sinks = row.num_pages > 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+  const int sink_tiles = (sinks + kTileRows - 1) / kTileRows;
+  const int tail_rows = row.seq_len - row.num_pages * kPageRows;
+  const int num_tiles = sink_tiles + (tail_rows + kTileRows - 1) / kTileRows;
+  // Dealt from the last split and warp on: they have the fewest means.
+  constexpr int kWarps = DecodeTraits<kHeadSize>::kWarps;
+  const int first_tile = pages.num_splits - 1 - pages.split +
+                         (kWarps - 1 - static_cast<int>(threadIdx.x) / 32) * pages.num_splits;
+  for (int tile = first_tile; tile < num_tiles; tile += kWarps * pages.num_splits) {
+    const bool is_sink = tile < sink_tiles;
+    const int first = (is_sink ? tile : tile - sink_tiles) * kTileRows;
+    const int num_rows = (is_sink ? sinks : tail_rows) - first;
+    const T* source =
+        row.kv + int64_t{row.block_table[is_sink ? 0 : row.num_pages]} * p.pages.kv_block_stride +
+        (first + warp.lane) * p.pages.kv_row_stride;
+    warp.load_tile(warp.lane < min(kTileRows, num_rows) ? source : nullptr, 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncwarp();
+    float logits[kHeadTiles][4];
+    warp.score_tile(0, num_rows, p.scale, logits);
+    warp.attend_tile(0, logits);
+    __syncwarp();
+  }
+}
+
 // Eight consecutive clusters of one page, a thread's share of a window.
 struct WindowClusters {
   alignas(16) uint16_t ends[8];  // as cluster_ends
   int first;                     // in the row; -1 for none
   int start;                     // first row in the page
+  int block;                     // the page's
+
+  // Those of the window that begins with the split's page `window`.
+  template <typename T>
+  __device__ WindowClusters(const SparseDecodeParams& p, const DecodeRow<T>& row,
+                            const SplitPages& pages, int window)
+      : first(-1), start(0), block(0) {
+    *reinterpret_cast<uint4*>(ends) = uint4{};
+    const int i = (window << pages.log_clusters) + static_cast<int>(threadIdx.x) * 8;
+    if (i < pages.size << pages.log_clusters) {
+      const int page = pages.page(i), c = pages.in_page(i);
+      block = row.block_table[page];
+      const int16_t* of_page = row.cluster_ends + block * p.pages.ends_block_stride;
+      first = pages.in_row(i);
+      start = c > 0 ? of_page[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+      *reinterpret_cast<uint4*>(ends) = *reinterpret_cast<const uint4*>(of_page + c);
+    }
+  }
 };
 
-// What is known before the selection is.
-template <typename T>
-__device__ __forceinline__ WindowClusters find_clusters(const SparseDecodeParams& p,
-                                                        const DecodeRow<T>& row, int first_page,
-                                                        int num_window_pages) {
-  const int num_clusters = static_cast<int>(p.pages.num_clusters);
-  const int slot = static_cast<int>(threadIdx.x) * 8 / num_clusters;
-  const int c = static_cast<int>(threadIdx.x) * 8 % num_clusters;
-  WindowClusters found{};
-  found.first = -1;
-  if (slot < num_window_pages) {
-    const int page = first_page + slot * static_cast<int>(p.num_splits);
-    const int16_t* ends = row.cluster_ends + row.block_table[page] * p.pages.ends_block_stride;
-    found.first = page * num_clusters + c;
-    found.start = c > 0 ? ends[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
-    *reinterpret_cast<uint4*>(found.ends) = *reinterpret_cast<const uint4*>(ends + c);
+// Lists a window's selected clusters; returns their number * 2^16 + their rows.
+template <typename T, int kHeadSize>
+__device__ int list_selected(const DecodeRow<T>& row, const WindowClusters& clusters,
+                             int log_clusters, SparseShared<kHeadSize>& shared) {
+  const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
+  if ((thread * 8 & ((1 << log_clusters) - 1)) == 0) {
+    shared.blocks[thread * 8 >> log_clusters] = clusters.block;
   }
-  return found;
+  uint64_t selected = 0;  // a byte a cluster
+  if (clusters.first >= 0) {
+    selected = *reinterpret_cast<const uint64_t*>(row.selected + clusters.first);
+  }
+  int own = 0, start = clusters.start;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int count = clusters.ends[i] - start;
+    start = clusters.ends[i];
+    own += selected >> (8 * i) & 1 && count > 0 ? 1 << 16 | count : 0;
+  }
+  int inclusive = own;
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const int other = __shfl_up_sync(~0u, inclusive, i);
+    if (lane >= i) inclusive += other;
+  }
+  if (lane == 31) shared.warp_totals[warp_index] = inclusive;
+  __syncthreads();
+  int before = inclusive - own, total = 0;
+#pragma unroll
+  for (int w = 0; w < DecodeTraits<kHeadSize>::kWarps; ++w) {
+    if (w < warp_index) before += shared.warp_totals[w];
+    total += shared.warp_totals[w];
+  }
+  start = clusters.start;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int count = clusters.ends[i] - start;
+    if (selected >> (8 * i) & 1 && count > 0) {
+      const int entry = before >> 16;
+      shared.clusters[entry] = static_cast<uint16_t>(thread * 8 + i);
+      shared.starts[entry] =
+          static_cast<uint16_t>((thread * 8 >> log_clusters) * kPageRows + start);
+      shared.rows_before[entry] = static_cast<uint16_t>(before);
+      before += 1 << 16 | count;
+    }
+    start = clusters.ends[i];
+  }
+  if (thread == 0) shared.rows_before[total >> 16] = static_cast<uint16_t>(total);
+  __syncthreads();
+  return total;
 }
 
-// Attends to sinks, selected clusters, the tail page and the means of the rest.
+// Attends to the selected clusters' rows, and takes their means out. Waits for the
+// kernel before.
 template <typename T, int kHeadSize, int kHeadTiles>
-__device__ void attend_sparsely(const SparseDecodeParams& p, const DecodeRow<T>& row,
-                                SparseShared<kHeadSize>& shared,
-                                DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
-  using Traits = DecodeTraits<kHeadSize>;
-  constexpr int kStep = Traits::kWarps;
-  const int num_splits = static_cast<int>(p.num_splits), split = blockIdx.x;
-  const int num_clusters = static_cast<int>(p.pages.num_clusters);
-  const int log_clusters = 31 - __clz(num_clusters);
-  const int max_window_pages = SparseShared<kHeadSize>::kWindowClusters >> log_clusters;
-  const int own_pages = row.num_pages > split ? (row.num_pages - 1 - split) / num_splits + 1 : 0;
-  const int thread = threadIdx.x, lane = warp.lane, warp_index = thread / 32;
+__device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<T>& row,
+                                   const SplitPages& pages, SparseShared<kHeadSize>& shared,
+                                   DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
+  constexpr int kStep = DecodeTraits<kHeadSize>::kWarps;
+  const int window_pages = SparseShared<kHeadSize>::kWindowClusters >> pages.log_clusters;
+  const int lane = warp.lane;
 
-  // The tail page's tiles are dealt from the last split on: it has the fewest pages.
-  const int all_tail_rows = row.seq_len - row.num_pages * kPageRows;
-  const int first_tail_tile = num_splits - 1 - split;
-  int num_tail_rows = 0;
-  for (int tile = first_tail_tile; tile * kTileRows < all_tail_rows; tile += num_splits) {
-    num_tail_rows += min(kTileRows, all_tail_rows - tile * kTileRows);
-  }
+  for (int window = 0; window == 0 || window < pages.size; window += window_pages) {
+    const WindowClusters clusters(p, row, pages, window);
+    if (window == 0) {
+      wait_for_previous_kernel();
+      start_next_kernel();
+    }
+    const int total = list_selected(row, clusters, pages.log_clusters, shared);
+    const int num_selected = total >> 16, num_rows = total & 0xffff;
+    const int first_cluster = window << pages.log_clusters;  // of the split
+    const int row_tiles = (num_rows + kTileRows - 1) / kTileRows;
+    const int mean_tiles = p.tail_estimate ? (num_selected + kTileRows - 1) / kTileRows : 0;
+    const int num_tiles = row_tiles + mean_tiles;
 
-  for (int window = 0; window == 0 || window < own_pages; window += max_window_pages) {
-    const int first_page = split + window * num_splits;
-    const int window_pages = max(0, min(max_window_pages, own_pages - window));
-    const int num_means = p.tail_estimate ? window_pages << log_clusters : 0;
-    const int mean_tiles = (num_means + kTileRows - 1) / kTileRows;
-    const auto page_of = [&](int slot) { return first_page + slot * num_splits; };
-    const auto mean_of_lane = [&](int tile) -> const T* {
-      const int mean = tile * kTileRows + lane;
-      if (lane >= kTileRows || mean >= num_means) return nullptr;
-      const int64_t block = row.block_table[page_of(mean >> log_clusters)];
-      return row.mean_values + block * p.pages.centroid_block_stride +
-             (mean & (num_clusters - 1)) * p.pages.centroid_row_stride;
-    };
-
-    // Means do not depend on the selection: they are fetched before it is there.
-    const WindowClusters clusters = find_clusters(p, row, first_page, window_pages);
-    if (warp_index < mean_tiles) warp.template load_tile<false>(mean_of_lane(warp_index), 0);
-    cp_async_commit();
-    if (window == 0) wait_for_previous_kernel();
-
-    uint64_t selected = 0;  // a byte a cluster
-    if (clusters.first >= 0) {
-      selected = *reinterpret_cast<const uint64_t*>(row.selected + clusters.first);
-    }
-    int own = 0;  // selected clusters * 2^16 + their rows
-    int start = clusters.start;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int count = clusters.ends[i] - start;
-      const bool is_selected = selected >> (8 * i) & 1;
-      start = clusters.ends[i];
-      own += is_selected && count > 0 ? 1 << 16 | count : 0;
-      shared.log_counts[thread * 8 + i] =
-          is_selected || count <= 0 ? -INFINITY : log2f(static_cast<float>(count));
-    }
-    int inclusive = own;
-#pragma unroll
-    for (int i = 1; i < 32; i *= 2) {
-      const int other = __shfl_up_sync(~0u, inclusive, i);
-      if (lane >= i) inclusive += other;
-    }
-    if (lane == 31) shared.warp_totals[warp_index] = inclusive;
-    __syncthreads();
-    int before = inclusive - own, total = 0;
-#pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w) {
-      if (w < warp_index) before += shared.warp_totals[w];
-      total += shared.warp_totals[w];
-    }
-    start = clusters.start;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int count = clusters.ends[i] - start;
-      if (selected >> (8 * i) & 1 && count > 0) {
-        shared.starts[before >> 16] =
-            static_cast<uint16_t>((thread * 8 >> log_clusters) * kPageRows + start);
-        shared.rows_before[before >> 16] = static_cast<uint16_t>(before);
-        before += 1 << 16 | count;
-      }
-      start = clusters.ends[i];
-    }
-    __syncthreads();
-
-    // Exact rows: sinks, selected clusters, tail page.
-    const int num_selected = total >> 16, selected_rows = total & 0xffff;
-    const int sinks = first_page == 0 && window_pages > 0 ? static_cast<int>(p.num_sink_tokens) : 0;
-    const int num_rows = sinks + selected_rows + (window == 0 ? num_tail_rows : 0);
     const auto row_of_lane = [&](int tile) -> const T* {
-      int i = tile * kTileRows + lane;
+      const int i = tile * kTileRows + lane;
       if (lane >= kTileRows || i >= num_rows) return nullptr;
-      int page, at;
-      if (i < sinks) {
-        page = 0;
-        at = i;
-      } else if ((i -= sinks) < selected_rows) {
-        int entry = 0;  // the last one with rows_before <= i
-        for (int step = 1 << (31 - __clz(num_selected)); step > 0; step /= 2) {
-          if (entry + step < num_selected && shared.rows_before[entry + step] <= i) entry += step;
-        }
-        at = shared.starts[entry] + i - shared.rows_before[entry];
-        page = page_of(at / kPageRows);
-        at %= kPageRows;
-      } else {
-        i -= selected_rows;
-        page = row.num_pages;
-        at = (first_tail_tile + i / kTileRows * num_splits) * kTileRows + i % kTileRows;
+      int entry = 0;  // the last one with rows_before <= i
+      for (int step = 1 << (31 - __clz(num_selected)); step > 0; step /= 2) {
+        if (entry + step < num_selected && shared.rows_before[entry + step] <= i) entry += step;
       }
-      return row.kv + int64_t{row.block_table[page]} * p.pages.kv_block_stride +
-             at * p.pages.kv_row_stride;
+      const int at = shared.starts[entry] + i - shared.rows_before[entry];
+      return row.kv + int64_t{shared.blocks[at / kPageRows]} * p.pages.kv_block_stride +
+             at % kPageRows * p.pages.kv_row_stride;
     };
-    // Scores of a tile of means: of rows g and g + 8, and this thread's heads.
-    const auto load_scores = [&](int tile, float (&scores)[kHeadTiles][4]) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int mean = min(tile * kTileRows + warp.g + i / 2 * 8, num_means - 1);
-        const int cluster =
-            page_of(mean >> log_clusters) * num_clusters + (mean & (num_clusters - 1));
-#pragma unroll
-        for (int t = 0; t < kHeadTiles; ++t) {
-          const int head = min(t * 8 + warp.j * 2 + i % 2, row.group - 1);
-          scores[t][i] = row.scores[head * p.max_clusters + cluster];
-        }
-      }
+    const auto mean_of_lane = [&](int tile) -> const T* {
+      const int entry = tile * kTileRows + lane;
+      if (lane >= kTileRows || entry >= num_selected) return nullptr;
+      const int cluster = shared.clusters[entry];
+      return row.mean_values +
+             int64_t{shared.blocks[cluster >> pages.log_clusters]} * p.pages.centroid_block_stride +
+             pages.in_page(cluster) * p.pages.centroid_row_stride;
     };
-
     // One tile is attended to, one is on its way, of one more the rows are looked up.
-    const int num_tiles = mean_tiles + (num_rows + kTileRows - 1) / kTileRows;
-    float next_scores[kHeadTiles][4];
     const T* source = nullptr;  // of this lane, in the tile to fetch next
     const auto look_up = [&](int tile) {
       if (tile < num_tiles) {
-        source = tile < mean_tiles ? mean_of_lane(tile) : row_of_lane(tile - mean_tiles);
+        source = tile < row_tiles ? row_of_lane(tile) : mean_of_lane(tile - row_tiles);
       }
     };
+    float scores[kHeadTiles][4];  // of rows g and g + 8, and this thread's heads
     const auto load = [&](int tile, int stage) {
-      if (tile < mean_tiles) {
-        warp.template load_tile<false>(source, stage);
-        load_scores(tile, next_scores);
+      if (tile < row_tiles) {
+        warp.load_tile(source, stage);
       } else if (tile < num_tiles) {
-        warp.template load_tile<true>(source, stage);
-      }
-    };
-    if (warp_index < mean_tiles) {
-      load_scores(warp_index, next_scores);
-    } else {
-      look_up(warp_index);
-      load(warp_index, 0);
-    }
-    cp_async_commit();
-    look_up(warp_index + kStep);
-    int stage = 0;
-    for (int tile = warp_index; tile < num_tiles; tile += kStep) {
-      float logits[kHeadTiles][4];
-      if (tile < mean_tiles) {
+        warp.load_values(source, stage * Traits::kStageBytes);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int mean = tile * kTileRows + warp.g + i / 2 * 8;
-          const float log_count = mean < num_means ? shared.log_counts[mean] : -INFINITY;
+          const int entry =
+              min((tile - row_tiles) * kTileRows + warp.g + i / 2 * 8, num_selected - 1);
+          const int cluster = pages.in_row(first_cluster + shared.clusters[entry]);
 #pragma unroll
           for (int t = 0; t < kHeadTiles; ++t) {
-            logits[t][i] =
-                log_count == -INFINITY ? log_count : next_scores[t][i] * kLog2e + log_count;
+            const int head = min(t * 8 + warp.j * 2 + i % 2, row.group - 1);
+            scores[t][i] = __ldcg(row.scores + head * p.max_clusters + cluster);
           }
+        }
+      }
+    };
+
+    const int first_tile = threadIdx.x / 32;
+    look_up(first_tile);
+    load(first_tile, 0);
+    cp_async_commit();
+    look_up(first_tile + kStep);
+    int stage = 0;
+    for (int tile = first_tile; tile < num_tiles; tile += kStep) {
+      float logits[kHeadTiles][4];
+      if (tile >= row_tiles) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int entry = (tile - row_tiles) * kTileRows + warp.g + i / 2 * 8;
+          const int count =
+              entry < num_selected ? shared.rows_before[entry + 1] - shared.rows_before[entry] : 0;
+#pragma unroll
+          for (int t = 0; t < kHeadTiles; ++t) logits[t][i] = mean_logit(scores[t][i], count);
         }
       }
       load(tile + kStep, stage ^ 1);
       cp_async_commit();
       look_up(tile + 2 * kStep);
       warp.wait_tile();
-      if (tile >= mean_tiles) {
-        warp.score_tile(stage, num_rows - (tile - mean_tiles) * kTileRows, p.scale, logits);
+      if (tile < row_tiles) {
+        warp.score_tile(stage, num_rows - tile * kTileRows, p.scale, logits);
+        warp.attend_tile(stage, logits);
+      } else {
+        warp.attend_values(stage * Traits::kStageBytes, logits, -1.0f);
       }
-      warp.attend_tile(stage, logits);
       __syncwarp();
       stage ^= 1;
     }
@@ -322,19 +451,22 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   warp.g = warp.lane / 4;
   warp.j = warp.lane % 4;
   warp.stages = smem_address(smem) + threadIdx.x / 32 * Traits::kStages * Traits::kStageBytes;
-  const bool dense = is_dense(row.seq_len, p.rows.min_sparse_lens[req]);
-  if (dense || row.seq_len <= 0) wait_for_previous_kernel();
+  const bool sparse = row.seq_len > 0 && !is_dense(row.seq_len, p.rows.min_sparse_lens[req]);
   if (row.seq_len > 0) {
     warp.load_query(static_cast<const T*>(p.query) + req * p.query_row_stride +
                         kv_head * group * p.query_head_stride,
                     p.query_head_stride, group);
-    if (dense) {
-      attend_densely(p, row, warp);
-    } else {
-      attend_sparsely(p, row, shared, warp);
-    }
   }
-  start_next_kernel();
+  if (sparse) {
+    const SplitPages pages(p, row.num_pages);
+    if (p.tail_estimate) attend_to_means(p, row, pages, warp);
+    attend_to_ends(p, row, pages, warp);
+    attend_to_selected(p, row, pages, shared, warp);
+  } else {
+    attend_densely(p, row, warp);
+    wait_for_previous_kernel();
+    start_next_kernel();
+  }
   write_partial(p, first_head, group, reinterpret_cast<float*>(smem), warp);
 }
 

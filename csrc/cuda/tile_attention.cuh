@@ -27,12 +27,19 @@ struct DecodeTraits {
   static constexpr int kPitchBytes = kRowBytes + 16;
   static constexpr int kStageBytes = kTileRows * kPitchBytes;
   static constexpr int kTileBytes = kWarps * kStages * kStageBytes;
+  // Tiles of values alone, in the same memory.
+  static constexpr int kValuePitchBytes = kHeadSize * 2 + 16;
+  static constexpr int kValueStageBytes = kTileRows * kValuePitchBytes;
+  static constexpr int kValueStages = kStages * kStageBytes / kValueStageBytes;
 };
 
 // Attention of one warp to the rows it has seen, for 8 * kHeadTiles query heads. In
 // fragments, query heads are columns: this thread's are t * 8 + 2 j and + 1.
 template <int kHeadSize, int kHeadTiles>
 struct WarpState {
+  // Rounded up to an integer: logits - max then has the fraction of a logit's bits
+  // whatever the max, and weights of a logit differ by a power of 2, which rounding them
+  // to 16 bits keeps.
   float max[kHeadTiles][2];
   float sum[kHeadTiles][2];                  // of this thread's rows only
   float out[kHeadTiles][kHeadSize / 16][4];  // elements g and g + 8 of 16, not normalised
@@ -76,20 +83,27 @@ struct DecodeWarp {
     }
   }
 
-  // Starts to copy a tile. Lanes 0 to 15 give its rows, null for none (zeros). kKeys: K
-  // and V of a row, else V alone.
-  template <bool kKeys>
+  // Starts to copy a tile's keys and values. Lanes 0 to 15 give its rows, null for none
+  // (zeros).
   __device__ void load_tile(const T* row_of_lane, int stage) {
-    constexpr int kBytes = kKeys ? Traits::kRowBytes : Traits::kRowBytes / 2;
-    constexpr int kFirst = Traits::kRowBytes - kBytes, kChunks = kBytes / 16;
-    const uint32_t base = stages + stage * Traits::kStageBytes + kFirst;
+    copy_rows<Traits::kRowBytes, Traits::kPitchBytes>(row_of_lane,
+                                                      stages + stage * Traits::kStageBytes);
+  }
+
+  // Likewise a tile of values alone, to `offset` in the warp's memory.
+  __device__ void load_values(const T* row_of_lane, int offset) {
+    copy_rows<kHeadSize * 2, Traits::kValuePitchBytes>(row_of_lane, stages + offset);
+  }
+
+  template <int kBytes, int kPitch>
+  __device__ void copy_rows(const T* row_of_lane, uint32_t to) {
+    constexpr int kChunks = kBytes / 16;
     const uint64_t address = reinterpret_cast<uint64_t>(row_of_lane);
 #pragma unroll
     for (int i = 0; i < kTileRows * kChunks / 32; ++i) {
       const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
       const T* source = reinterpret_cast<const T*>(__shfl_sync(~0u, address, row));
-      cp_async_16(base + row * Traits::kPitchBytes + chunk * 16, source + chunk * 8,
-                  source != nullptr);
+      cp_async_16(to + row * kPitch + chunk * 16, source + chunk * 8, source != nullptr);
     }
   }
 
@@ -123,8 +137,19 @@ struct DecodeWarp {
     }
   }
 
-  // Takes a tile's values into the state.
+  // Takes a tile's values into the state, with weights 2^logit.
   __device__ void attend_tile(int stage, const float (&logits)[kHeadTiles][4]) {
+    add_values<Traits::kPitchBytes>(stages + stage * Traits::kStageBytes + kHeadSize * 2, logits,
+                                    1.0f);
+  }
+
+  // Likewise a tile of values alone, with weights sign * 2^logit.
+  __device__ void attend_values(int offset, const float (&logits)[kHeadTiles][4], float sign) {
+    add_values<Traits::kValuePitchBytes>(stages + offset, logits, sign);
+  }
+
+  template <int kPitch>
+  __device__ void add_values(uint32_t base, const float (&logits)[kHeadTiles][4], float sign) {
     uint32_t weights[kHeadTiles][2];
 #pragma unroll
     for (int t = 0; t < kHeadTiles; ++t) {
@@ -134,12 +159,11 @@ struct DecodeWarp {
         float max = fmaxf(logits[t][c], logits[t][c + 2]);
 #pragma unroll
         for (int i = 4; i < 32; i *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-        max = fmaxf(max, state.max[t][c]);
+        max = fmaxf(ceilf(max), state.max[t][c]);
         const float origin = max == -INFINITY ? 0.0f : max;
         decay[c] = fast_exp2(state.max[t][c] - origin);
-        p[c] = fast_exp2(logits[t][c] - origin + kRaise);
-        p[c + 2] = fast_exp2(logits[t][c + 2] - origin + kRaise);
-        state.sum[t][c] = state.sum[t][c] * decay[c] + p[c] + p[c + 2];
+        p[c] = sign * fast_exp2(logits[t][c] - (origin - kRaise));
+        p[c + 2] = sign * fast_exp2(logits[t][c + 2] - (origin - kRaise));
         state.max[t][c] = max;
       }
       if (__any_sync(~0u, decay[0] != 1.0f || decay[1] != 1.0f)) {
@@ -151,16 +175,20 @@ struct DecodeWarp {
           state.out[t][d][3] *= decay[1];
         }
       }
-      weights[t][0] = movmatrix_trans(pack<T>(p[0], p[1]));
-      weights[t][1] = movmatrix_trans(pack<T>(p[2], p[3]));
+      // Weights are summed as they are applied, in 16 bits: their rounding is then one of
+      // the weights, not of the output.
+      const uint32_t first = pack<T>(p[0], p[1]), last = pack<T>(p[2], p[3]);
+      const float2 a = unpack<T>(first), b = unpack<T>(last);
+      state.sum[t][0] = state.sum[t][0] * decay[0] + a.x + b.x;
+      state.sum[t][1] = state.sum[t][1] * decay[1] + a.y + b.y;
+      weights[t][0] = movmatrix_trans(first);
+      weights[t][1] = movmatrix_trans(last);
     }
-    const uint32_t base = stages + stage * Traits::kStageBytes;
     const int row = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
 #pragma unroll
     for (int d = 0; d < kSteps; ++d) {
       uint32_t values[4];
-      ldmatrix_x4_trans(values,
-                        base + row * Traits::kPitchBytes + kHeadSize * 2 + (d * 2 + half) * 16);
+      ldmatrix_x4_trans(values, base + row * kPitch + (d * 2 + half) * 16);
 #pragma unroll
       for (int t = 0; t < kHeadTiles; ++t) {
         mma_m16n8k16<T>(state.out[t][d], values, weights[t][0], weights[t][1]);
