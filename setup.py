@@ -72,6 +72,7 @@ def cpu_extension():
         depends=[
             "csrc/params.h",
             "csrc/checks.h",
+            "csrc/cpu/cluster_tokens.h",
             "csrc/cpu/dispatch.h",
             "csrc/cpu/vec.h",
         ],

@@ -31,7 +31,7 @@ from timing import Side, Timing, last_level_cache_bytes, machine, take_turns
 
 from vllm_clusterkv import ops
 from vllm_clusterkv.config import ClusterKVConfig
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_SPLITS = 8  # backend.NUM_SPLITS; not imported, so that --no-vllm needs no vLLM
@@ -159,6 +159,7 @@ class Semantic:
         self.all_sparse = torch.zeros(batch, dtype=torch.int32)
         self.all_dense = torch.full((batch,), 2**31 - 1, dtype=torch.int32)
         self.scores = torch.zeros(batch, heads, max_clusters)
+        self.tile_stats = torch.zeros(batch, heads, num_tiles(max_clusters), 2)
         self.selected = torch.zeros(batch, kv_heads, max_clusters, dtype=torch.uint8)
         self.num_attended = torch.zeros(batch, kv_heads, dtype=torch.int32)
         self.workspace = torch.empty(batch, heads, NUM_SPLITS, size + 2)
@@ -171,10 +172,19 @@ class Semantic:
             layer = self.layers[layer_idx]
             rows = (layer.block_table, self.seq_lens, self.all_sparse)
             start = time.perf_counter_ns()
-            ops.score_clusters(self.query, *layer.index, *rows, self.scale, self.scores)
+            ops.score_clusters(
+                self.query,
+                *layer.index,
+                *rows,
+                self.scale,
+                CONFIG.num_sink_tokens,
+                self.scores,
+                self.tile_stats,
+            )
             scored = time.perf_counter_ns()
             ops.select_clusters(
                 self.scores,
+                self.tile_stats,
                 *layer.index,
                 *rows,
                 CONFIG.num_sink_tokens,

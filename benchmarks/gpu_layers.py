@@ -9,7 +9,7 @@ from traffic import Load, Shape
 
 from vllm_clusterkv import backend, ops
 from vllm_clusterkv.config import ClusterKVConfig
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
 
 INT32_MAX = 2**31 - 1
 _TOKENS_A_TOPIC = 8
@@ -226,6 +226,8 @@ class OpCalls:
         max_clusters = layers.block_table.shape[1] * case.config.num_clusters
         new = query.new_zeros
         self.scores = new((batch, heads, max_clusters), dtype=torch.float32)
+        tiles = num_tiles(max_clusters)
+        self.tile_stats = new((batch, heads, tiles, 2), dtype=torch.float32)
         self.selected = new((batch, kv_heads, max_clusters), dtype=torch.uint8)
         self.num_attended = new((batch, kv_heads), dtype=torch.int32)
         self.workspace = new(
@@ -253,13 +255,16 @@ class OpCalls:
             *layers.index(layer_idx),
             *layers.rows(layers.all_sparse),
             layers.case.scale,
+            layers.case.config.num_sink_tokens,
             self.scores,
+            self.tile_stats,
         )
 
     def select_clusters(self, layer_idx: int) -> None:
         layers, config = self.layers, self.layers.case.config
         ops.select_clusters(
             self.scores,
+            self.tile_stats,
             *layers.index(layer_idx),
             *layers.rows(layers.all_sparse),
             config.num_sink_tokens,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_clusterkv.page_layout import BLOCK_SIZE
+from vllm_clusterkv.page_layout import BLOCK_SIZE, num_tiles
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,16 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
 
     ``C`` clusters a row and KV head; half = head_size elements of the KV dtype:
 
-        score_clusters   query, C mean keys; scores (fp32, a query head)
-        select_clusters  scores, C ends; C marks (one byte a KV head), num_attended
+        score_clusters   query, C mean keys, C ends; scores (fp32, a query head),
+                         tile_stats (two fp32 for 16 clusters, a query head)
+        select_clusters  scores, tile_stats, C ends; C marks (one byte a KV head),
+                         num_attended
         sparse_decode    query, C marks, C ends, attended keys and values, mean values
                          and scores of the clusters left out; output
         decode           the three as one: query, C mean keys, C ends, attended keys
                          and values, mean values of the clusters left out; output.
-                         Scores and marks pass between the ops and are nobody's result
+                         Scores, stats and marks pass between the ops and are nobody's
+                         result
         decode_dense, flash_attn, flashinfer, xformers
                          query, all keys and values; output
         index_pages      the pages' keys and values, read and written; means, ends
@@ -77,6 +80,7 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     left_out = clusters - load.selected
     query = shape.num_heads * half  # of a row; the output takes as much
     scores = shape.num_heads * clusters * torch.float32.itemsize
+    stats = shape.num_heads * num_tiles(clusters) * 2 * torch.float32.itemsize
     kv_heads = shape.num_kv_heads
     ends = kv_heads * clusters * torch.int16.itemsize
     marks = kv_heads * clusters
@@ -86,8 +90,9 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     dense = 2 * query + kv_heads * load.seq_len * 2 * half
     scores_left_out = scores * left_out / clusters if clusters else 0
     a_row = {
-        "score_clusters": query + mean_keys + scores,
+        "score_clusters": query + mean_keys + ends + scores + stats,
         "select_clusters": scores
+        + stats
         + ends
         + marks
         + kv_heads * torch.int32.itemsize,  # num_attended

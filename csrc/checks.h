@@ -165,6 +165,22 @@ inline void check_per_cluster(const Tensor& t, const char* name, ScalarType dtyp
   check_contiguous(t, name);
 }
 
+inline void check_tile_stats(const Tensor& t, const DecodeRows& rows, int64_t max_clusters) {
+  check_dim(t, "tile_stats", 4);
+  check_dtype(t, "tile_stats", ScalarType::Float);
+  check_size(t, "tile_stats", 0, rows.num_reqs, "num_reqs");
+  check_size(t, "tile_stats", 1, rows.num_heads, "num_heads");
+  check_size(t, "tile_stats", 2, num_tiles(max_clusters), "max_clusters / 16, rounded up");
+  check_size(t, "tile_stats", 3, 2, "max and sum");
+  check_contiguous(t, "tile_stats");
+}
+
+inline void check_num_sink_tokens(const SemanticPages& pages, int64_t num_sink_tokens) {
+  STD_TORCH_CHECK(num_sink_tokens >= 0 && num_sink_tokens < pages.block_size,
+                  "num_sink_tokens must be 0 to block_size - 1 (", pages.block_size - 1, "), got ",
+                  num_sink_tokens);
+}
+
 inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& centroids,
                                           const Tensor& cluster_ends, const Tensor& block_ids,
                                           const Tensor& num_sink_tokens, int64_t num_iters) {
@@ -193,7 +209,8 @@ inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tenso
                                                 const Tensor& centroids, const Tensor& cluster_ends,
                                                 const Tensor& block_table, const Tensor& seq_lens,
                                                 const Tensor& min_sparse_lens, double scale,
-                                                const Tensor& scores) {
+                                                int64_t num_sink_tokens, const Tensor& scores,
+                                                const Tensor& tile_stats) {
   ScoreClustersParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"centroids", centroids},
@@ -201,35 +218,35 @@ inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tenso
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
-                           {"scores", scores}});
+                           {"scores", scores},
+                           {"tile_stats", tile_stats}});
   params.pages = check_pages(kv_cache, centroids, cluster_ends);
   check_query(params.pages, query, kv_cache, "query");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     params.pages.num_clusters);
+  check_tile_stats(tile_stats, params.rows, scores.size(2));
+  check_num_sink_tokens(params.pages, num_sink_tokens);
   params.query = query.data_ptr();
   params.query_row_stride = query.stride(0);
   params.query_head_stride = query.stride(1);
   params.scale = static_cast<float>(scale);
+  params.num_sink_tokens = num_sink_tokens;
   params.scores = static_cast<float*>(scores.data_ptr());
+  params.tile_stats = static_cast<float*>(tile_stats.data_ptr());
   params.max_clusters = scores.size(2);
   return params;
 }
 
-inline void check_num_sink_tokens(const SemanticPages& pages, int64_t num_sink_tokens) {
-  STD_TORCH_CHECK(num_sink_tokens >= 0 && num_sink_tokens < pages.block_size,
-                  "num_sink_tokens must be 0 to block_size - 1 (", pages.block_size - 1, "), got ",
-                  num_sink_tokens);
-}
-
 inline SelectClustersParams check_select_clusters(
-    const Tensor& scores, const Tensor& kv_cache, const Tensor& centroids,
+    const Tensor& scores, const Tensor& tile_stats, const Tensor& kv_cache, const Tensor& centroids,
     const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
     const Tensor& min_sparse_lens, int64_t num_sink_tokens, int64_t token_budget,
     const Tensor& selected, const Tensor& num_attended) {
   SelectClustersParams params{};
   check_devices(kv_cache, {{"scores", scores},
+                           {"tile_stats", tile_stats},
                            {"centroids", centroids},
                            {"cluster_ends", cluster_ends},
                            {"block_table", block_table},
@@ -243,6 +260,7 @@ inline SelectClustersParams check_select_clusters(
   const int64_t num_clusters = params.pages.num_clusters;
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     num_clusters);
+  check_tile_stats(tile_stats, params.rows, scores.size(2));
   check_per_cluster(selected, "selected", ScalarType::Byte, params.rows, params.pages.num_kv_heads,
                     num_clusters);
   check_dim(num_attended, "num_attended", 2);
@@ -253,6 +271,7 @@ inline SelectClustersParams check_select_clusters(
   check_num_sink_tokens(params.pages, num_sink_tokens);
   STD_TORCH_CHECK(token_budget >= 1, "token_budget must be at least 1, got ", token_budget);
   params.scores = static_cast<const float*>(scores.data_ptr());
+  params.tile_stats = static_cast<const float*>(tile_stats.data_ptr());
   params.max_clusters = scores.size(2);
   params.num_sink_tokens = num_sink_tokens;
   params.token_budget = token_budget;

@@ -58,20 +58,25 @@ struct IndexPagesParams {
 };
 
 struct ScoreClustersParams {
-  SemanticPages pages;  // centroids read
+  SemanticPages pages;  // centroids and cluster_ends read
   DecodeRows rows;
   const void* query;  // [num_reqs, num_heads, head_size] kv_dtype
   int64_t query_row_stride;
   int64_t query_head_stride;
   float scale;
-  float* scores;         // [num_reqs, num_heads, max_clusters]; contiguous
+  int64_t num_sink_tokens;
+  float* scores;  // [num_reqs, num_heads, max_clusters]; contiguous
+  // [num_reqs, num_heads, num_tiles(max_clusters), 2]; contiguous. Of a tile's clusters with
+  // tokens: max score, and sum of tokens * exp(score - max). None has tokens: -inf and 0.
+  float* tile_stats;
   int64_t max_clusters;  // last dimension of scores and selected
 };
 
 struct SelectClustersParams {
   SemanticPages pages;  // cluster_ends read
   DecodeRows rows;
-  const float* scores;  // [num_reqs, num_heads, max_clusters]; contiguous
+  const float* scores;      // [num_reqs, num_heads, max_clusters]; contiguous
+  const float* tile_stats;  // [num_reqs, num_heads, num_tiles(max_clusters), 2]; contiguous
   int64_t max_clusters;
   int64_t num_sink_tokens;
   int64_t token_budget;
@@ -97,6 +102,13 @@ struct SparseDecodeParams {
   int64_t output_row_stride;
   int64_t output_head_stride;
 };
+
+// Clusters that share an entry of tile_stats: neighbours, of two pages if these have 8.
+constexpr int64_t kTileClusters = 16;
+
+CLUSTERKV_HOST_DEVICE inline int64_t num_tiles(int64_t num_clusters) {
+  return (num_clusters + kTileClusters - 1) / kTileClusters;
+}
 
 // Complete pages before the one that holds the current token; a sparse row's are indexed.
 CLUSTERKV_HOST_DEVICE inline int64_t num_indexed_pages(int64_t seq_len, int64_t block_size) {

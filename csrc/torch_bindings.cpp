@@ -13,11 +13,12 @@ STABLE_TORCH_LIBRARY(clusterkv, m) {
   m.def(
       "score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, float scale, "
-      "Tensor(a!) scores) -> ()");
+      "int num_sink_tokens, Tensor(a!) scores, Tensor(b!) tile_stats) -> ()");
   m.def(
-      "select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
-      "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, int num_sink_tokens, "
-      "int token_budget, Tensor(a!) selected, Tensor(b!) num_attended) -> ()");
+      "select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids, "
+      "Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, "
+      "int num_sink_tokens, int token_budget, Tensor(a!) selected, Tensor(b!) num_attended) "
+      "-> ()");
   m.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, Tensor scores, "

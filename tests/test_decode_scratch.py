@@ -63,8 +63,11 @@ def test_splits_depend_on_the_rows_of_the_call():
         8, 4, 2, 64, 160, lambda num_rows: 32 // num_rows, torch.device("cpu")
     )
     for num_rows in range(1, 9):
-        scores, selected, num_attended, workspace = scratch.shape(num_rows, 96)
-        assert scores.shape == (num_rows, 4, 96) and scores.is_contiguous()
-        assert selected.shape == (num_rows, 2, 96)
+        scores, tile_stats, selected, num_attended, workspace = scratch.shape(
+            num_rows, 88
+        )
+        assert scores.shape == (num_rows, 4, 88) and scores.is_contiguous()
+        assert tile_stats.shape == (num_rows, 4, 6, 2) and tile_stats.is_contiguous()
+        assert selected.shape == (num_rows, 2, 88)
         assert num_attended.shape == (num_rows, 2)
         assert workspace.shape == (num_rows, 4, 32 // num_rows, 66)

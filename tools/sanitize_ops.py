@@ -30,8 +30,8 @@ KINDS = [
 
 def run_decode(case: cases.DecodeCase) -> None:
     inputs = make_decode_inputs(case).to("cuda")
-    scores = inputs.score(ops)
-    selected, _ = inputs.select(ops, scores, case.token_budget)
+    scores, stats = inputs.score_with_stats(ops)
+    selected, _ = inputs.select(ops, scores, case.token_budget, stats)
     for tail_estimate in (True, False):
         inputs.decode(
             ops,

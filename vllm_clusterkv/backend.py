@@ -33,7 +33,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 from vllm_clusterkv import observe, ops, requirements
 from vllm_clusterkv.config import ClusterKVConfig
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
 
 # A child of the logger that vLLM configures, so that its lines are seen.
 logger = init_logger("vllm.clusterkv")
@@ -150,7 +150,9 @@ class DecodeScratch:
             max_bytes: Holds fewer rows, but at least one, to stay below. None for no
                 limit.
         """
+        stats_size = 2 * num_heads * num_tiles(max_clusters)  # of a row
         row_bytes = max_clusters * (4 * num_heads + num_kv_heads) + 4 * num_kv_heads
+        row_bytes += 4 * stats_size
         part_size = num_heads * (head_size + 2)
         num_parts = self.max_rows = 0
         for num_rows in range(1, max_rows + 1):
@@ -168,6 +170,7 @@ class DecodeScratch:
         # Flat, since rows must be contiguous at each number of clusters and splits.
         num_rows = self.max_rows
         self._scores = new(num_rows * num_heads * max_clusters, torch.float32)
+        self._tile_stats = new(num_rows * stats_size, torch.float32)
         self._selected = new(num_rows * num_kv_heads * max_clusters, torch.uint8)
         self._num_attended = new(num_rows * num_kv_heads, torch.int32)
         self._workspace = new(num_parts * part_size, torch.float32)
@@ -175,7 +178,13 @@ class DecodeScratch:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        buffers = (self._scores, self._selected, self._num_attended, self._workspace)
+        buffers = (
+            self._scores,
+            self._tile_stats,
+            self._selected,
+            self._num_attended,
+            self._workspace,
+        )
         return sum(buffer.nbytes for buffer in buffers)
 
     def shape(self, num_rows: int, max_clusters: int) -> tuple[torch.Tensor, ...]:
@@ -183,6 +192,7 @@ class DecodeScratch:
 
         Returns:
             scores: [num_rows, num_heads, max_clusters] fp32.
+            tile_stats: [num_rows, num_heads, num_tiles, 2] fp32.
             selected: [num_rows, num_kv_heads, max_clusters] uint8.
             num_attended: [num_rows, num_kv_heads] int32.
             workspace: [num_rows, num_heads, num_splits, head_size + 2] fp32.
@@ -194,6 +204,7 @@ class DecodeScratch:
 
         return (
             take(self._scores, num_rows, num_heads, max_clusters),
+            take(self._tile_stats, num_rows, num_heads, num_tiles(max_clusters), 2),
             take(self._selected, num_rows, num_kv_heads, max_clusters),
             take(self._num_attended, num_rows, num_kv_heads),
             take(
@@ -257,12 +268,17 @@ def _decode_rows(
     output: torch.Tensor,
 ) -> None:
     max_clusters = metadata.block_table.shape[1] * config.num_clusters
-    scores, selected, num_attended, workspace = scratch.shape(len(query), max_clusters)
+    scores, tile_stats, selected, num_attended, workspace = scratch.shape(
+        len(query), max_clusters
+    )
     index = (pages.kv_cache, pages.centroids, pages.cluster_ends)
     rows = (metadata.block_table, metadata.seq_lens, metadata.min_sparse_lens)
-    ops.score_clusters(query, *index, *rows, scale, scores)
+    ops.score_clusters(
+        query, *index, *rows, scale, config.num_sink_tokens, scores, tile_stats
+    )
     ops.select_clusters(
         scores,
+        tile_stats,
         *index,
         *rows,
         config.num_sink_tokens,

@@ -22,9 +22,10 @@ Shapes used throughout:
                   *dense*: it attends to all its tokens, and its pages need no index.
 
 ``max_clusters`` is ``max_blocks * num_clusters``; cluster ``c`` of a row's ``i``-th
-page has index ``i * num_clusters + c``. Entries beyond a row's indexed pages, and all
-of a dense row's, are neither read nor written. The last dimension of every tensor is
-dense. All tensors of a call are on one device.
+page has index ``i * num_clusters + c``. ``num_tiles`` is ``max_clusters / 16``, rounded
+up; *tile* ``t`` is clusters ``16 t`` to ``16 t + 15``. Entries beyond a row's indexed
+pages, and all of a dense row's, are neither read nor written. The last dimension of
+every tensor is dense. All tensors of a call are on one device.
 
 On CUDA devices, ``select_clusters`` and ``sparse_decode`` read everything but what the
 op before them wrote while that op still runs (programmatic dependent launch). So a
@@ -110,17 +111,26 @@ def score_clusters(
     seq_lens: torch.Tensor,
     min_sparse_lens: torch.Tensor,
     scale: float,
+    num_sink_tokens: int,
     scores: torch.Tensor,
+    tile_stats: torch.Tensor,
 ) -> None:
     """Scores every cluster of every sparse row's indexed pages.
 
     ``scores[r, h, c] = scale * query[r, h] . mean_key[c]``, with the means of query
-    head ``h``'s KV head.
+    head ``h``'s KV head. For the softmax of the next op, ``tile_stats[r, h, t]`` is, of
+    tile ``t``'s clusters that have tokens, the max of ``scores`` and the sum of
+    ``count[c] * exp(scores[r, h, c] - max)``: ``(-inf, 0)`` if none has. A row's last
+    tile may reach beyond its clusters, which then count as empty; tiles that lie
+    beyond them are not written. Where such a score is NaN or infinite, both may be NaN.
 
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
         scale: Softmax scale, 1 / sqrt(head_size) as a rule.
+        num_sink_tokens: Unclustered rows at the start of a request's first page.
         scores: [num_reqs, num_heads, max_clusters] fp32, contiguous. Written.
+        tile_stats: [num_reqs, num_heads, num_tiles, 2] fp32, contiguous. Written: max
+            and sum of each tile.
 
     Source: ClusterKV (arXiv 2412.03213), selection by inner product.
     """
@@ -133,12 +143,15 @@ def score_clusters(
         seq_lens,
         min_sparse_lens,
         scale,
+        num_sink_tokens,
         scores,
+        tile_stats,
     )
 
 
 def select_clusters(
     scores: torch.Tensor,
+    tile_stats: torch.Tensor,
     kv_cache: torch.Tensor,
     centroids: torch.Tensor,
     cluster_ends: torch.Tensor,
@@ -163,6 +176,8 @@ def select_clusters(
     Args:
         scores: [num_reqs, num_heads, max_clusters] fp32, contiguous; from
             ``score_clusters``.
+        tile_stats: [num_reqs, num_heads, num_tiles, 2] fp32, contiguous; from
+            ``score_clusters``, of these scores and with the same ``num_sink_tokens``.
         num_sink_tokens: Unclustered rows at the start of a request's first page.
         token_budget: Tokens, at least 1.
         selected: [num_reqs, num_kv_heads, max_clusters] uint8, contiguous. Written:
@@ -175,6 +190,7 @@ def select_clusters(
     """
     torch.ops.clusterkv.select_clusters.default(
         scores,
+        tile_stats,
         kv_cache,
         centroids,
         cluster_ends,

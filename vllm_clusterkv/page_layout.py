@@ -23,7 +23,15 @@ import torch
 BLOCK_SIZE = 256
 """Tokens a page. Fixed: a page is the unit of clustering and of prefix sharing."""
 
+TILE_CLUSTERS = 16
+"""Clusters that share an entry of ``tile_stats``: neighbours in a row's order."""
+
 _ALIGNMENT_BYTES = 512
+
+
+def num_tiles(num_clusters: int) -> int:
+    """Tiles that hold so many clusters, the last one perhaps in part."""
+    return -(-num_clusters // TILE_CLUSTERS)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ Same names and arguments. Loops over rows, pages and heads; nothing here is fast
 
 import torch
 
+from vllm_clusterkv.page_layout import TILE_CLUSTERS, num_tiles
+
 
 def index_pages(
     kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters
@@ -66,7 +68,9 @@ def score_clusters(
     seq_lens,
     min_sparse_lens,
     scale,
+    num_sink_tokens,
     scores,
+    tile_stats,
 ) -> None:
     """See ``ops.score_clusters``."""
     num_reqs, num_heads, head_size = query.shape
@@ -80,10 +84,36 @@ def score_clusters(
             mean_keys = mean_keys.reshape(-1, head_size)  # [row's clusters, head_size]
             row = scale * (mean_keys @ query[req, head].float())
             scores[req, head, : len(row)] = row
+            ends = cluster_ends[blocks, head // group]
+            stats = softmax_stats(row, cluster_sizes(ends, num_sink_tokens))
+            tile_stats[req, head, : len(stats)] = stats
+
+
+def softmax_stats(scores, counts) -> torch.Tensor:
+    """Max and sum of each tile's softmax.
+
+    Args:
+        scores: [..., num_row_clusters] fp32.
+        counts: [num_row_clusters] int64.
+
+    Returns:
+        [..., num_tiles, 2] fp32: max of the scores of clusters with tokens, and sum of
+        ``count * exp(score - max)``; -inf and 0 where a tile has no tokens.
+    """
+    missing = num_tiles(len(counts)) * TILE_CLUSTERS - len(counts)
+    logits = torch.where(counts > 0, scores, float("-inf"))
+    logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+    counts = torch.nn.functional.pad(counts, (0, missing))
+    logits = logits.unflatten(-1, (-1, TILE_CLUSTERS))
+    highest = logits.amax(-1)
+    origin = torch.where(highest == float("-inf"), 0.0, highest)[..., None]
+    terms = counts.view(-1, TILE_CLUSTERS) * torch.exp(logits - origin)
+    return torch.stack([highest, terms.sum(-1)], -1)
 
 
 def select_clusters(
     scores,
+    tile_stats,
     kv_cache,
     centroids,
     cluster_ends,
@@ -95,7 +125,7 @@ def select_clusters(
     selected,
     num_attended,
 ) -> None:
-    """See ``ops.select_clusters``."""
+    """See ``ops.select_clusters``. Weights come from the scores, not ``tile_stats``."""
     num_reqs, num_heads, _ = scores.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads

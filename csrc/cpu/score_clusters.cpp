@@ -2,20 +2,57 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
 // One task scores the clusters of kPagesPerTask pages for the query heads of one
-// KV head, so that each centroid is read and widened once for up to four heads.
+// KV head, so that each centroid is read and widened once for up to four heads. The
+// softmax sums of its tiles follow while its scores are in the nearest cache.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "../checks.h"
+#include "cluster_tokens.h"
 #include "dispatch.h"
 
 namespace clusterkv::cpu {
 namespace {
 
-constexpr int64_t kPagesPerTask = 8;
-constexpr int64_t kGrain = 1024;  // group * head_size: less is not worth waking a thread
+constexpr int64_t kPagesPerTask = 8;  // of at least 8 clusters: kClustersAtOnce
+constexpr int64_t kGrain = 1024;      // group * head_size: less is not worth waking a thread
+
+constexpr int64_t kTilesAtOnce = 4;
+constexpr int64_t kClustersAtOnce = kTilesAtOnce * kTileClusters;
+
+// Of each tile max and sum of tokens * exp(scores - max), over clusters with tokens.
+//   scores, tokens: [kTilesAtOnce, kTileClusters]
+//   stats: [kTilesAtOnce, 2]
+void write_tile_stats(const float* scores, const float* tokens, float* stats) {
+  constexpr int kVecs = kTileClusters / kLanes;
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  Vec logits[kTilesAtOnce][kVecs], maxima[kTilesAtOnce], sums[kTilesAtOnce] = {};
+  for (int t = 0; t < kTilesAtOnce; ++t) {
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t c = t * kTileClusters + v * kLanes;
+      const Vec score = load<Vec>(scores + c), lowest = Vec{} + kLowest;
+      logits[t][v] = load<Vec>(tokens + c) > 0.0f ? score : lowest;
+      if (v == 0) maxima[t] = logits[t][v];
+      maxima[t] = logits[t][v] > maxima[t] ? logits[t][v] : maxima[t];
+    }
+  }
+  const Vec4 max = max_lanes(maxima);
+  for (int t = 0; t < kTilesAtOnce; ++t) {
+    const float origin = max[t] == kLowest ? 0.0f : max[t];
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec count = load<Vec>(tokens + t * kTileClusters + v * kLanes);
+      sums[t] += count * fast_exp(logits[t][v] - origin);
+    }
+  }
+  const Vec4 sum = sum_lanes(sums);
+  for (int t = 0; t < kTilesAtOnce; ++t) {
+    stats[2 * t] = max[t];
+    stats[2 * t + 1] = sum[t];
+  }
+}
 
 template <typename T>
 void score_clusters_kernel(const ScoreClustersParams& p) {
@@ -28,6 +65,7 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
   const int64_t grain = std::max<int64_t>(1, kGrain / (group * head_size));
   torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> query(group * head_size);
+    std::vector<float> tokens(kPagesPerTask * pages.num_clusters);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks % pages.num_kv_heads;
       const int64_t req = task / chunks / pages.num_kv_heads;
@@ -55,6 +93,7 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
       for (int64_t page = first_page; page < last; ++page) {
         prefetch(centroids_of(page), 1);
         prefetch(centroids_of(page) + (pages.num_clusters - 1) * pages.centroid_row_stride, 1);
+        prefetch(ends_of_page(pages, rows, req, head, page), pages.num_clusters);
       }
       for (int64_t page = first_page; page < last; ++page) {
         const T* centroids = centroids_of(page);
@@ -69,6 +108,27 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
                                              out + first * p.max_clusters, p.max_clusters);
           });
         }
+        count_page_tokens(ends_of_page(pages, rows, req, head, page), pages.num_clusters, page,
+                          p.num_sink_tokens,
+                          tokens.data() + (page - first_page) * pages.num_clusters);
+      }
+      const int64_t max_tiles = num_tiles(p.max_clusters);
+      const int64_t first_cluster = first_page * pages.num_clusters;
+      const int64_t num_clusters = (last - first_page) * pages.num_clusters;
+      std::fill(tokens.begin() + num_clusters, tokens.end(), 0.0f);
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t query_head = req * rows.num_heads + first_head + g;
+        const float* of_head = scores + g * p.max_clusters + first_cluster;
+        float* stats = p.tile_stats + 2 * (query_head * max_tiles + first_cluster / kTileClusters);
+        int64_t c = 0;
+        for (; c + kClustersAtOnce <= num_clusters; c += kClustersAtOnce) {
+          write_tile_stats(of_head + c, tokens.data() + c, stats + c / kTileClusters * 2);
+        }
+        if (c == num_clusters) continue;
+        float padded[kClustersAtOnce] = {}, padded_stats[2 * kTilesAtOnce];
+        std::copy(of_head + c, of_head + num_clusters, padded);
+        write_tile_stats(padded, tokens.data() + c, padded_stats);
+        std::copy_n(padded_stats, 2 * num_tiles(num_clusters - c), stats + c / kTileClusters * 2);
       }
     }
   });
@@ -76,10 +136,10 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
 
 void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
                     Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, double scale,
-                    Tensor scores) {
+                    int64_t num_sink_tokens, Tensor scores, Tensor tile_stats) {
   const ScoreClustersParams params =
       check_score_clusters(query, kv_cache, centroids, cluster_ends, block_table, seq_lens,
-                           min_sparse_lens, scale, scores);
+                           min_sparse_lens, scale, num_sink_tokens, scores, tile_stats);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
                               score_clusters_kernel<scalar_t>(params));
 }

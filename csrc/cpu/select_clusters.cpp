@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
-// One task selects for one row and KV head. Clusters fall into buckets by the leading
-// bits of their weight; buckets are taken whole from the top, and only the one in
-// which the budget ends is sorted.
+// One task selects for one row and KV head. Softmax sums are merged from score_clusters'
+// tile_stats. Clusters fall into buckets by the leading bits of their weight; buckets are
+// taken whole from the top, and only the one in which the budget ends is sorted.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "cluster_tokens.h"
 #include "vec.h"
 
 namespace clusterkv::cpu {
@@ -22,7 +23,6 @@ constexpr int64_t kGrain = 4096;  // scores: fewer are not worth waking a thread
 
 struct Scratch {
   std::vector<int32_t> counts;   // [clusters] tokens of each cluster
-  std::vector<float> exps;       // [clusters]
   std::vector<float> weights;    // [clusters] summed weight a token
   std::vector<uint64_t> ranked;  // clusters of one bucket: weight bits, then ~cluster
   int32_t bucket_tokens[kBuckets];
@@ -35,64 +35,53 @@ inline uint32_t rank_bits(float weight) {
 
 inline uint32_t bucket_of(float weight) { return rank_bits(weight) >> (31 - kBucketBits); }
 
-// max of a row's scores, of clusters that are not empty.
-float max_score(const float* row, const int32_t* counts, int64_t num_clusters) {
-  const Vec lowest = Vec{} - std::numeric_limits<float>::infinity();
-  Vec maxima[4] = {lowest, lowest, lowest, lowest};
-  int64_t c = 0;
-  for (; c + kLanes <= num_clusters; c += kLanes) {
-    const Vec score = load<VecInts>(counts + c) > 0 ? load<Vec>(row + c) : lowest;
-    maxima[0] = score > maxima[0] ? score : maxima[0];
-  }
-  float max = max_lanes(maxima)[0];
-  for (; c < num_clusters; ++c) {
-    if (counts[c] > 0) max = std::max(max, row[c]);
-  }
-  return max;
-}
-
 void count_tokens(const SelectClustersParams& p, int64_t req, int64_t head, int64_t num_pages,
                   int32_t* counts) {
-  const SemanticPages& pages = p.pages;
-  const auto ends_of = [&](int64_t page) {
-    const int64_t block = p.rows.block_table[req * p.rows.block_table_stride + page];
-    return pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
-  };
+  const int64_t num_clusters = p.pages.num_clusters;
+  const auto ends_of = [&](int64_t page) { return ends_of_page(p.pages, p.rows, req, head, page); };
   constexpr int64_t kAhead = 16;
   for (int64_t page = 0; page < std::min(kAhead, num_pages); ++page) {
-    prefetch(ends_of(page), pages.num_clusters);
+    prefetch(ends_of(page), num_clusters);
   }
   for (int64_t page = 0; page < num_pages; ++page) {
-    if (page + kAhead < num_pages) prefetch(ends_of(page + kAhead), pages.num_clusters);
-    const int16_t* ends = ends_of(page);
-    int32_t* page_counts = counts + page * pages.num_clusters;
-    page_counts[0] = static_cast<int32_t>(ends[0] - (page == 0 ? p.num_sink_tokens : 0));
-    for (int64_t c = 1; c < pages.num_clusters; ++c) {
-      page_counts[c] = ends[c] - ends[c - 1];
-    }
+    if (page + kAhead < num_pages) prefetch(ends_of(page + kAhead), num_clusters);
+    count_page_tokens(ends_of(page), num_clusters, page, p.num_sink_tokens,
+                      counts + page * num_clusters);
   }
+}
+
+struct SoftmaxSums {
+  float max;
+  float sum;  // of tokens * exp(score - max)
+};
+
+// Those of a query head's clusters, from their tiles.
+SoftmaxSums merge_tiles(const float* tile_stats, int64_t num_tiles) {
+  float max = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+#pragma omp simd reduction(max : max)
+  for (int64_t t = 0; t < num_tiles; ++t) max = std::max(max, tile_stats[2 * t]);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t t = 0; t < num_tiles; ++t) {
+    sum += tile_stats[2 * t + 1] * fast_exp(tile_stats[2 * t] - max);
+  }
+  return {max, sum};
 }
 
 // weight[c] = sum over the query heads of softmax(scores + log(count))[c] / count[c]
-void weigh_clusters(const float* scores, int64_t score_stride, int64_t group, int64_t num_clusters,
-                    Scratch& s) {
+void weigh_clusters(const float* scores, int64_t score_stride, const float* tile_stats,
+                    int64_t stats_stride, int64_t group, int64_t num_clusters, Scratch& s) {
   const int32_t* __restrict counts = s.counts.data();
-  float* __restrict exps = s.exps.data();
   float* __restrict weights = s.weights.data();
   std::fill_n(weights, num_clusters, 0.0f);
   for (int64_t g = 0; g < group; ++g) {
     const float* __restrict row = scores + g * score_stride;
-    const float max = max_score(row, counts, num_clusters);
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < num_clusters; ++c) {
-      const float exp = fast_exp(row[c] - max);
-      exps[c] = counts[c] > 0 ? exp : 0.0f;
-      sum += exps[c] * static_cast<float>(counts[c]);
-    }
-    const float inverse = 1.0f / sum;
+    const SoftmaxSums sums = merge_tiles(tile_stats + g * stats_stride, num_tiles(num_clusters));
+    const float max = sums.max, inverse = 1.0f / sums.sum;
 #pragma omp simd
-    for (int64_t c = 0; c < num_clusters; ++c) weights[c] += exps[c] * inverse;
+    for (int64_t c = 0; c < num_clusters; ++c) {
+      const float weight = fast_exp(row[c] - max) * inverse;
+      weights[c] += counts[c] > 0 ? weight : 0.0f;
+    }
   }
 }
 
@@ -147,23 +136,24 @@ void select_row(const SelectClustersParams& p, int64_t req, int64_t head, Scratc
     return;
   }
   s.counts.resize(num_clusters);
-  s.exps.resize(num_clusters);
   s.weights.resize(num_clusters);
   count_tokens(p, req, head, num_pages, s.counts.data());
   const int64_t group = rows.num_heads / pages.num_kv_heads;
-  weigh_clusters(p.scores + (req * rows.num_heads + head * group) * p.max_clusters, p.max_clusters,
-                 group, num_clusters, s);
+  const int64_t first_head = req * rows.num_heads + head * group;
+  const int64_t stats_stride = 2 * num_tiles(p.max_clusters);
+  weigh_clusters(p.scores + first_head * p.max_clusters, p.max_clusters,
+                 p.tile_stats + first_head * stats_stride, stats_stride, group, num_clusters, s);
   const int64_t taken = take_best(num_clusters, p.token_budget, s, selected);
   *num_attended = static_cast<int32_t>(always + taken);
 }
 
-void select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
-                     Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
-                     int64_t num_sink_tokens, int64_t token_budget, Tensor selected,
-                     Tensor num_attended) {
-  const SelectClustersParams params =
-      check_select_clusters(scores, kv_cache, centroids, cluster_ends, block_table, seq_lens,
-                            min_sparse_lens, num_sink_tokens, token_budget, selected, num_attended);
+void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids,
+                     Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
+                     Tensor min_sparse_lens, int64_t num_sink_tokens, int64_t token_budget,
+                     Tensor selected, Tensor num_attended) {
+  const SelectClustersParams params = check_select_clusters(
+      scores, tile_stats, kv_cache, centroids, cluster_ends, block_table, seq_lens, min_sparse_lens,
+      num_sink_tokens, token_budget, selected, num_attended);
   const int64_t num_kv_heads = params.pages.num_kv_heads;
   const int64_t num_tasks = params.rows.num_reqs * num_kv_heads;
   const int64_t task_scores = params.rows.num_heads / num_kv_heads * params.max_clusters;

@@ -125,6 +125,30 @@ __device__ __forceinline__ float load_now(const float* pointer) {
   return value;
 }
 
+__device__ __forceinline__ int load_now(const int32_t* pointer) {
+  int value;
+  asm volatile("ld.global.s32 %0, [%1];\n" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float2 load_now(const float2* pointer) {
+  float2 value;
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(value.x), "=f"(value.y)
+               : "l"(pointer)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float4 load_now(const float4* pointer) {
+  float4 value;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(pointer)
+               : "memory");
+  return value;
+}
+
 // 2^value, subnormal results flushed to zero.
 __device__ __forceinline__ float fast_exp2(float value) {
   float result;

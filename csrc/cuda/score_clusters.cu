@@ -14,21 +14,22 @@ constexpr int kBlocksPerMultiprocessor = 4;
 
 void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
                     Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, double scale,
-                    Tensor scores) {
+                    int64_t num_sink_tokens, Tensor scores, Tensor tile_stats) {
   const ScoreClustersParams params =
       check_score_clusters(query, kv_cache, centroids, cluster_ends, block_table, seq_lens,
-                           min_sparse_lens, scale, scores);
+                           min_sparse_lens, scale, num_sink_tokens, scores, tile_stats);
   check_decode_shapes("score_clusters", params.pages, params.rows);
   check_aligned("score_clusters", "query", params.query,
                 {params.query_row_stride, params.query_head_stride});
-  const int64_t num_tiles = (params.max_clusters + 15) / 16;
-  if (params.rows.num_reqs == 0 || num_tiles == 0) return;
+  check_aligned("score_clusters", "tile_stats", params.tile_stats, {}, 8);
+  const int64_t max_tiles = num_tiles(params.max_clusters);
+  if (params.rows.num_reqs == 0 || max_tiles == 0) return;
   const LaunchContext context("score_clusters", kv_cache);
   const int64_t pairs = params.rows.num_reqs * params.pages.num_kv_heads;
   const int64_t most = context.num_multiprocessors() * kBlocksPerMultiprocessor / pairs;
   // Equal shares: a block more on some of the warps would cost as much as on all.
-  const int64_t tiles_a_warp = divide_up(num_tiles, clamp(most, 1, num_tiles) * kScoreWarps);
-  const dim3 grid(static_cast<unsigned>(divide_up(num_tiles, tiles_a_warp * kScoreWarps)),
+  const int64_t tiles_a_warp = divide_up(max_tiles, clamp(most, 1, max_tiles) * kScoreWarps);
+  const dim3 grid(static_cast<unsigned>(divide_up(max_tiles, tiles_a_warp * kScoreWarps)),
                   static_cast<unsigned>(params.pages.num_kv_heads),
                   static_cast<unsigned>(params.rows.num_reqs));
   dispatch_decode(

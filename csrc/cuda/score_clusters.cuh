@@ -5,6 +5,8 @@
 // of a fragment) against the query heads of one KV head (its columns). A dot product
 // does not mind the order of its terms, so fragments are filled straight from 16-byte
 // loads: of each 32 elements, lane j of a quad holds 8 j to 8 j + 7.
+//
+// While a tile's scores are in registers, their softmax sums cost little: tile_stats.
 #pragma once
 
 #include "../params.h"
@@ -39,9 +41,21 @@ __device__ __forceinline__ void score_range(const ScoreClustersParams& p, int re
       keys[s] = __ldg(reinterpret_cast<const uint4*>(source + s * 32));
     }
   };
+  // Tokens of a cluster; none beyond the row.
+  const int16_t* cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;
+  const auto load_count = [&](int cluster) -> int {
+    if (cluster >= end) return 0;
+    const int page = cluster >> log_clusters, c = cluster & (pages.num_clusters - 1);
+    const int16_t* ends = cluster_ends + block_table[page] * pages.ends_block_stride;
+    const int start = c > 0 ? ends[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+    return ends[c] - start;
+  };
   uint4 next[2][kSegments];
   load_row(first + g, next[0]);
   load_row(first + g + 8, next[1]);
+  // Tokens of row g in lanes of even j, of row g + 8 in the others.
+  const int counted_row = g + j % 2 * 8;
+  int next_count = load_count(first + counted_row);
 
   const int group = static_cast<int>(p.rows.num_heads / pages.num_kv_heads);
   uint4 query[kHeadTiles][kSegments];
@@ -55,7 +69,10 @@ __device__ __forceinline__ void score_range(const ScoreClustersParams& p, int re
       query[t][s] = head < group ? *reinterpret_cast<const uint4*>(row + s * 32) : uint4{};
     }
   }
-  float* scores = p.scores + (req * p.rows.num_heads + kv_head * group) * p.max_clusters;
+  const int64_t first_head = req * p.rows.num_heads + kv_head * group;
+  float* scores = p.scores + first_head * p.max_clusters;
+  const uint32_t max_tiles = static_cast<uint32_t>(num_tiles(p.max_clusters));
+  float2* stats = reinterpret_cast<float2*>(p.tile_stats) + first_head * max_tiles;
 
   for (int tile = first; tile < end; tile += step) {
     uint4 keys[2][kSegments];
@@ -64,9 +81,11 @@ __device__ __forceinline__ void score_range(const ScoreClustersParams& p, int re
       keys[0][s] = next[0][s];
       keys[1][s] = next[1][s];
     }
+    const int count = next_count;
     if (tile + step < end) {
       load_row(tile + step + g, next[0]);
       load_row(tile + step + g + 8, next[1]);
+      next_count = load_count(tile + step + counted_row);
     }
     float acc[kHeadTiles][4] = {};
 #pragma unroll
@@ -79,13 +98,32 @@ __device__ __forceinline__ void score_range(const ScoreClustersParams& p, int re
         mma_m16n8k16<T>(acc[t], high, query[t][s].z, query[t][s].w);
       }
     }
+    const int other_count = __shfl_xor_sync(~0u, count, 1);
+    const int counts[2] = {j % 2 == 0 ? count : other_count, j % 2 == 0 ? other_count : count};
 #pragma unroll
     for (int t = 0; t < kHeadTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int head = t * 8 + j * 2 + i % 2, cluster = tile + g + i / 2 * 8;
-        if (head < group && cluster < end) {
-          scores[head * p.max_clusters + cluster] = p.scale * acc[t][i];
+        acc[t][i] *= p.scale;
+        if (head < group && cluster < end) scores[head * p.max_clusters + cluster] = acc[t][i];
+      }
+      // Max and sum of a head: its scores are in the lanes of equal j.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int head = t * 8 + j * 2 + i;
+        float max = counts[0] > 0 ? acc[t][i] : -INFINITY;
+        if (counts[1] > 0) max = fmaxf(max, acc[t][i + 2]);
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, d));
+        const float origin = max == -INFINITY ? 0.0f : max;
+        float sum = 0.0f;
+        if (counts[0] > 0) sum += counts[0] * fast_exp2((acc[t][i] - origin) * kLog2e);
+        if (counts[1] > 0) sum += counts[1] * fast_exp2((acc[t][i + 2] - origin) * kLog2e);
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+        if (g == 0 && head < group) {
+          stats[head * max_tiles + tile / 16] = float2{max, sum};
         }
       }
     }

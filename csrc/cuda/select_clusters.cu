@@ -8,19 +8,20 @@
 namespace clusterkv::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kSelectThreads)
-    select_clusters_kernel(const SelectClustersParams p) {
+// 512 threads of 72 registers take 56% of a multiprocessor's: a block fits beside two of
+// score_clusters at head size 128, and so starts before scoring ends.
+__global__ void __maxnreg__(72) select_clusters_kernel(const SelectClustersParams p) {
   __shared__ SelectShared shared;
   select_clusters_of_row(p, shared);
 }
 
-void select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
-                     Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
-                     int64_t num_sink_tokens, int64_t token_budget, Tensor selected,
-                     Tensor num_attended) {
-  const SelectClustersParams params =
-      check_select_clusters(scores, kv_cache, centroids, cluster_ends, block_table, seq_lens,
-                            min_sparse_lens, num_sink_tokens, token_budget, selected, num_attended);
+void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids,
+                     Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
+                     Tensor min_sparse_lens, int64_t num_sink_tokens, int64_t token_budget,
+                     Tensor selected, Tensor num_attended) {
+  const SelectClustersParams params = check_select_clusters(
+      scores, tile_stats, kv_cache, centroids, cluster_ends, block_table, seq_lens, min_sparse_lens,
+      num_sink_tokens, token_budget, selected, num_attended);
   check_decode_shapes("select_clusters", params.pages, params.rows);
   STD_TORCH_CHECK(params.rows.max_blocks * params.pages.block_size < int64_t{1} << 31,
                   "select_clusters: a row must have fewer than 2^31 tokens on CUDA, got a block "
@@ -28,6 +29,9 @@ void select_clusters(Tensor scores, Tensor kv_cache, Tensor centroids, Tensor cl
                   params.rows.max_blocks, " pages");
   STD_TORCH_CHECK(token_budget < int64_t{1} << 31,
                   "select_clusters: token_budget must be below 2^31 on CUDA, got ", token_budget);
+  check_aligned("select_clusters", "scores", params.scores, {});
+  check_aligned("select_clusters", "tile_stats", params.tile_stats, {}, 8);
+  check_aligned("select_clusters", "selected", params.selected, {}, 4);
   if (params.rows.num_reqs == 0) return;
   const LaunchContext context("select_clusters", kv_cache);
   context.launch_pdl(select_clusters_kernel,

@@ -6,9 +6,10 @@
 // which bin the budget ends. Bins above are taken whole; the clusters of that bin are
 // ranked one against another, or, if they are many, told apart by their next bits.
 //
-// The time is that of a chain of dependent steps, so what a thread needs again stays in
-// its registers: tokens, scores and weights of its clusters, kPerThread at most. A row
-// with more clusters than that goes through in chunks and reads its scores several times.
+// The time is that of a chain of dependent steps. Softmax sums come from score_clusters'
+// tile_stats, so scores are read once; what a thread needs again stays in its registers:
+// tokens and weights of its clusters. A row with more clusters than the threads have
+// registers for goes through in chunks, and reads its scores several times.
 #pragma once
 
 #include "../params.h"
@@ -16,34 +17,31 @@
 
 namespace clusterkv::cuda {
 
-constexpr int kSelectThreads = 1024;
+constexpr int kSelectThreads = 512;
 constexpr int kSelectWarps = kSelectThreads / 32;
-constexpr int kSelectMaxGroup = 16;
 constexpr int kHeadsAtOnce = 4;
+constexpr int kRun = 4;          // consecutive clusters: of one page, a thread's share
 constexpr int kFirstShift = 20;  // 11 leading bits: the exponent and 3 of the mantissa
 constexpr int kNextBits = 10;    // then twice 10
 constexpr int kBins = 1 << (31 - kFirstShift);
 constexpr int kMaxCandidates = 256;  // clusters of one bin to rank by comparison
 
 struct SelectShared {
-  int bins[kBins];                // tokens by leading bits
-  int max_bits[kSelectMaxGroup];  // of a head's scores, as ordered_bits
-  float warp_sum[kSelectMaxGroup][kSelectWarps];
-  float inverse_sum[kSelectMaxGroup];  // 1 / sum of count * exp(score - max)
+  alignas(16) int bins[kBins];  // tokens by leading bits, the heaviest first
+  float2 sums[kSelectWarps];    // max and sum of count * exp(score - max), a part of a head's
   int warp_tokens[kSelectWarps];
-  uint32_t candidate_key[kMaxCandidates];
-  int candidate[kMaxCandidates];
+  uint64_t candidate[kMaxCandidates];  // key, then the lower cluster first
   int candidate_tokens[kMaxCandidates];
   int num_candidates;
-  int bin;    // in which the budget ends
-  int above;  // tokens in the bins above it
-  int taken;
 };
 
 // One row and KV head.
 struct SelectRow {
   const float* scores;  // [group, max_clusters]
-  int64_t max_clusters;
+  // Unsigned: group * max_clusters is below 2^32, since a row has fewer than 2^31 tokens.
+  uint32_t max_clusters;
+  const float2* tile_stats;  // [group, max_tiles]
+  int max_tiles;
   int group;
   int num_clusters;
   const int16_t* cluster_ends;  // of this KV head
@@ -51,30 +49,9 @@ struct SelectRow {
   const int32_t* block_table;
   int log_clusters;
   int num_sink_tokens;
-
-  __device__ int tokens(int cluster) const {
-    const int page = cluster >> log_clusters, i = cluster & ((1 << log_clusters) - 1);
-    const int16_t* ends = cluster_ends + block_table[page] * ends_block_stride;
-    const int start = i > 0 ? ends[i - 1] : page == 0 ? num_sink_tokens : 0;
-    return ends[i] - start;
-  }
+  int budget;
+  int always_attended;
 };
-
-// Integers in the order of the floats whose bits they are made of, and back.
-__device__ __forceinline__ int ordered_bits(float value) {
-  const int bits = __float_as_int(value);
-  return bits ^ (bits >> 31 & 0x7fffffff);
-}
-
-__device__ __forceinline__ float from_ordered_bits(int bits) {
-  return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff));
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) value += __shfl_xor_sync(~0u, value, i);
-  return value;
-}
 
 __device__ __forceinline__ int warp_inclusive_sum(int value) {
   const int lane = threadIdx.x % 32;
@@ -92,271 +69,368 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_totals, 
   const int inclusive = warp_inclusive_sum(value);
   if (lane == 31) warp_totals[warp] = inclusive;
   __syncthreads();
-  const int warps = warp_inclusive_sum(warp_totals[lane]);
+  const int warps = warp_inclusive_sum(lane < kSelectWarps ? warp_totals[lane] : 0);
   total = __shfl_sync(~0u, warps, 31);
   const int before = __shfl_sync(~0u, warps, warp > 0 ? warp - 1 : 0);
   __syncthreads();  // warp_totals may be written again
   return (warp > 0 ? before : 0) + inclusive - value;
 }
 
-// Finds the bin in which `above` plus the tokens of the bins from the top reach the
-// budget. The bins hold enough.
-__device__ __forceinline__ void find_bin(int num_bins, int above, int budget, SelectShared& s) {
-  const int per_thread = (num_bins + kSelectThreads - 1) / kSelectThreads;
-  const int top = num_bins - 1 - static_cast<int>(threadIdx.x) * per_thread;
-  int tokens = 0;
-  for (int i = 0; i < per_thread && top - i >= 0; ++i) tokens += s.bins[top - i];
-  int total;
-  int before = above + block_exclusive_sum(tokens, s.warp_tokens, total);
-  if (before < budget && before + tokens >= budget) {
-    for (int i = 0; i < per_thread && top - i >= 0; ++i) {
-      if (before + s.bins[top - i] >= budget) {
-        s.bin = top - i;
-        s.above = before;
-        break;
-      }
-      before += s.bins[top - i];
-    }
-  }
+// Finds the bin in which `above` plus the tokens of the bins so far reach the budget,
+// and sets `above` to what is before it. The bins hold enough. Every warp finds it anew:
+// that costs less than to wait for one that tells the others.
+template <int kNumBins>
+__device__ __forceinline__ int find_bin(SelectShared& s, int budget, int& above) {
+  constexpr int kEach = kNumBins / kSelectThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto load = [&](int warp, int (&bins)[kEach]) {
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) sum += bins[i] = s.bins[(warp * 32 + lane) * kEach + i];
+    return sum;
+  };
+  int bins[kEach];
+  const int of_warp = __reduce_add_sync(~0u, load(warp, bins));
+  if (lane == 0) s.warp_tokens[warp] = of_warp;
   __syncthreads();
+  int inclusive = warp_inclusive_sum(lane < kSelectWarps ? s.warp_tokens[lane] : 0);
+  const int found_warp = __ffs(__ballot_sync(~0u, above + inclusive >= budget)) - 1;
+  const int warps_before = __shfl_sync(~0u, inclusive, max(found_warp - 1, 0));
+  if (found_warp > 0) above += warps_before;
+  const int own = load(found_warp, bins);
+  inclusive = warp_inclusive_sum(own);
+  const int found_lane = __ffs(__ballot_sync(~0u, above + inclusive >= budget)) - 1;
+  int before = above + inclusive - own, bin = (found_warp * 32 + lane) * kEach;
+#pragma unroll
+  for (int i = 0; i < kEach - 1; ++i) {
+    if (before + bins[i] >= budget) break;
+    before += bins[i];
+    ++bin;
+  }
+  above = __shfl_sync(~0u, before, found_lane);
+  return __shfl_sync(~0u, bin, found_lane);
 }
 
-// The selection of one row and KV head by a block. Thread t has clusters t, t +
-// kSelectThreads, ... of each chunk of kPerThread * kSelectThreads.
-template <int kPerThread>
+// Tokens of a run's clusters.
+struct Tokens {
+  uint32_t x, y;  // 16 bits each
+
+  __device__ int operator[](int i) const {
+    const uint32_t pair = i < 2 ? x : y;
+    return static_cast<int>(i % 2 == 0 ? pair & 0xffff : pair >> 16);
+  }
+};
+
+// The selection of one row and KV head by a block. Thread t has runs of kRun clusters:
+// runs t, t + kSelectThreads, ... of each chunk of kGroups * kSelectThreads.
+template <int kGroups, bool kOneChunk>
 struct Selection {
   const SelectRow& row;
   SelectShared& s;
-  static constexpr int kChunk = kPerThread * kSelectThreads;
-  const bool one_chunk;
-  int tokens[kPerThread];  // 0 beyond the row, too
-  float scores[kPerThread][kHeadsAtOnce];
-  uint32_t keys[kPerThread];  // bits of the weight a token; 0 for an empty cluster
+  static constexpr int kGroupClusters = kSelectThreads * kRun;
+  static constexpr int kChunk = kGroups * kGroupClusters;
+  int blocks[kGroups];           // of the runs' pages
+  Tokens tokens[kGroups];        // 0 beyond the row, too
+  uint32_t keys[kGroups][kRun];  // bits of the weight a token
+  // Of head h, in lane h * parts: max and 1 / sum of its softmax.
+  int parts;
+  float head_max, head_inverse;
 
-  __device__ Selection(const SelectRow& row, SelectShared& s)
-      : row(row), s(s), one_chunk(row.num_clusters <= kChunk) {}
+  __device__ Selection(const SelectRow& row, SelectShared& s) : row(row), s(s) {}
 
-  __device__ int cluster(int chunk, int i) const {
-    return chunk + i * kSelectThreads + static_cast<int>(threadIdx.x);
+  __device__ int cluster(int chunk, int k) const {
+    return chunk + k * kGroupClusters + static_cast<int>(threadIdx.x) * kRun;
   }
 
-  __device__ void load_tokens(int chunk) {
+  __device__ void load_blocks(int chunk) {
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int c = cluster(chunk, i);
-      tokens[i] = c < row.num_clusters ? row.tokens(c) : 0;
+    for (int k = 0; k < kGroups; ++k) {
+      const int c = cluster(chunk, k);
+      blocks[k] = c < row.num_clusters ? load_now(row.block_table + (c >> row.log_clusters)) : 0;
     }
+  }
+
+  // After load_blocks(). All threads: a run's first token is its neighbour's to tell.
+  __device__ void load_tokens(int chunk) {
+    uint2 ends[kGroups];
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const int c = cluster(chunk, k);
+      ends[k] = uint2{0, 0};
+      if (c < row.num_clusters) {
+        ends[k] = *reinterpret_cast<const uint2*>(row.cluster_ends +
+                                                  int64_t{blocks[k]} * row.ends_block_stride +
+                                                  (c & ((1 << row.log_clusters) - 1)));
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const int c = cluster(chunk, k);
+      const uint32_t neighbour = __shfl_up_sync(~0u, ends[k].y, 1) >> 16;
+      const bool first_of_page = (c & ((1 << row.log_clusters) - 1)) == 0;
+      const uint32_t start = !first_of_page ? neighbour : c == 0 ? row.num_sink_tokens : 0;
+      const bool valid = c < row.num_clusters;
+      // Ends ascend: the halves' differences do not borrow from each other.
+      tokens[k].x = valid ? ends[k].x - (ends[k].x << 16 | start) : 0;
+      tokens[k].y = valid ? ends[k].y - (ends[k].y << 16 | ends[k].x >> 16) : 0;
+    }
+  }
+
+  // Max and sum of each head's softmax: a warp takes the tiles of one head, or a part
+  // of them; then every warp merges the parts.
+  __device__ void load_sums() {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int log_heads = row.group > 1 ? 32 - __clz(row.group - 1) : 0;
+    parts = kSelectWarps >> log_heads;
+    const int head = warp & ((1 << log_heads) - 1), part = warp >> log_heads;
+    const int tiles = static_cast<int>(num_tiles(row.num_clusters));
+    float max = -INFINITY, sum = 0.0f;
+    if (head < row.group) {
+      const float2* stats = row.tile_stats + head * row.max_tiles;
+      constexpr int kAtOnce = 4;
+      for (int first = part * 32 + lane; first < tiles; first += parts * 32 * kAtOnce) {
+        float2 own[kAtOnce];
+        float higher = max;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int tile = first + i * parts * 32;
+          own[i] = float2{-INFINITY, 0.0f};
+          if (tile < tiles) own[i] = load_now(stats + tile);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) higher = fmaxf(higher, own[i].x);
+        const float origin = higher == -INFINITY ? 0.0f : higher;
+        sum *= fast_exp2((max - origin) * kLog2e);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          sum += own[i].y * fast_exp2((own[i].x - origin) * kLog2e);
+        }
+        max = higher;
+      }
+    }
+    merge_sums(max, sum, 32);
+    if (lane == 0) s.sums[head * parts + part] = float2{max, sum};
+  }
+
+  // After load_sums() and a barrier.
+  __device__ void find_sums() {
+    const int lane = threadIdx.x % 32;
+    const float2 own = lane < kSelectWarps ? s.sums[lane] : float2{-INFINITY, 0.0f};
+    head_max = own.x;
+    float sum = own.y;
+    merge_sums(head_max, sum, parts);
+    head_inverse = 1.0f / sum;
+  }
+
+  // Over `width` neighbouring lanes.
+  __device__ static void merge_sums(float& max, float& sum, int width) {
+    float all = max;
+    for (int i = 1; i < width; i *= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, i));
+    sum *= fast_exp2((max - (all == -INFINITY ? 0.0f : all)) * kLog2e);
+    for (int i = 1; i < width; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    max = all;
   }
 
   // Of heads beyond the group, the last one's.
-  __device__ void load_scores(int chunk, int first_head) {
+  __device__ void load_scores(int chunk, int first_head, int k, float4 (&scores)[kHeadsAtOnce]) {
+    const int c = cluster(chunk, k);
 #pragma unroll
     for (int h = 0; h < kHeadsAtOnce; ++h) {
-      const int head = min(first_head + h, row.group - 1);
-      const float* own = row.scores + head * row.max_clusters + cluster(chunk, 0);
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        const bool valid = cluster(chunk, i) < row.num_clusters;
-        scores[i][h] = valid ? load_now(own + i * kSelectThreads) : 0.0f;
+      scores[h] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+      if (c < row.num_clusters) {
+        const uint32_t head = min(first_head + h, row.group - 1);
+        scores[h] =
+            load_now(reinterpret_cast<const float4*>(row.scores + (head * row.max_clusters + c)));
       }
     }
   }
 
-  // Turns scores into exp(score - max); 0 for an empty cluster.
-  __device__ void exponentiate(int first_head) {
+  __device__ void add_weights(int first_head, const float4 (&scores)[kHeadsAtOnce],
+                              float (&weights)[kRun]) const {
 #pragma unroll
     for (int h = 0; h < kHeadsAtOnce; ++h) {
-      const float max = from_ordered_bits(s.max_bits[min(first_head + h, row.group - 1)]);
+      const int head = first_head + h;
+      const float max = __shfl_sync(~0u, head_max, head * parts);
+      float inverse = __shfl_sync(~0u, head_inverse, head * parts);
+      if (head >= row.group) inverse = 0.0f;
+      const float of_head[kRun] = {scores[h].x, scores[h].y, scores[h].z, scores[h].w};
 #pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        scores[i][h] = tokens[i] > 0 ? fast_exp2((scores[i][h] - max) * kLog2e) : 0.0f;
+      for (int i = 0; i < kRun; ++i) {
+        if (head < row.group) weights[i] += fast_exp2((of_head[i] - max) * kLog2e) * inverse;
       }
     }
   }
 
-  // Max, then 1 / sum, of each head's softmax.
-  __device__ void normalise() {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int chunk = 0; chunk < row.num_clusters; chunk += kChunk) {
-      if (!one_chunk) load_tokens(chunk);
-      for (int first = 0; first < row.group; first += kHeadsAtOnce) {
-        load_scores(chunk, first);
+  __device__ void set_keys(int k, const float (&weights)[kRun]) {
 #pragma unroll
-        for (int h = 0; h < kHeadsAtOnce; ++h) {
-          float max = -INFINITY;
-#pragma unroll
-          for (int i = 0; i < kPerThread; ++i) {
-            max = tokens[i] > 0 ? fmaxf(max, scores[i][h]) : max;
-          }
-          const int of_warp = __reduce_max_sync(~0u, ordered_bits(max));
-          if (lane == 0 && first + h < row.group) atomicMax(&s.max_bits[first + h], of_warp);
-        }
-      }
+    for (int i = 0; i < kRun; ++i) {
+      keys[k][i] = __float_as_uint(weights[i]) & 0x7fffffffu;  // NaN, too, has a bin
     }
-    __syncthreads();
-    for (int first = 0; first < row.group; first += kHeadsAtOnce) {
-      float sum[kHeadsAtOnce] = {};
-      for (int chunk = 0; chunk < row.num_clusters; chunk += kChunk) {
-        if (!one_chunk) load_tokens(chunk);
-        if (!one_chunk || row.group > kHeadsAtOnce) load_scores(chunk, first);
-        exponentiate(first);
-#pragma unroll
-        for (int h = 0; h < kHeadsAtOnce; ++h) {
-#pragma unroll
-          for (int i = 0; i < kPerThread; ++i) sum[h] += tokens[i] * scores[i][h];
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < kHeadsAtOnce; ++h) {
-        sum[h] = warp_sum(sum[h]);
-        if (lane == 0 && first + h < row.group) s.warp_sum[first + h][warp] = sum[h];
-      }
-    }
-    __syncthreads();
-    for (int h = warp; h < row.group; h += kSelectWarps) {
-      const float sum = warp_sum(s.warp_sum[h][lane]);
-      if (lane == 0) s.inverse_sum[h] = 1.0f / sum;
-    }
-    __syncthreads();
   }
 
-  // Keys of a chunk's clusters. After normalise(), which leaves a single chunk's
-  // exponentials of a single set of heads.
+  // Keys and tokens of a chunk's clusters, one chunk of several.
   __device__ void find_keys(int chunk) {
-    if (!one_chunk) load_tokens(chunk);
-    float weights[kPerThread] = {};
-    for (int first = 0; first < row.group; first += kHeadsAtOnce) {
-      if (!one_chunk || row.group > kHeadsAtOnce) {
-        load_scores(chunk, first);
-        exponentiate(first);
+    load_blocks(chunk);
+    load_tokens(chunk);
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      float weights[kRun] = {};
+      for (int first = 0; first < row.group; first += kHeadsAtOnce) {
+        float4 scores[kHeadsAtOnce];
+        load_scores(chunk, first, k, scores);
+        add_weights(first, scores, weights);
       }
-#pragma unroll
-      for (int h = 0; h < kHeadsAtOnce; ++h) {
-        const float inverse = first + h < row.group ? s.inverse_sum[first + h] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < kPerThread; ++i) weights[i] += scores[i][h] * inverse;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      keys[i] = __float_as_uint(weights[i]) & 0x7fffffffu;  // NaN, too, has a bin
+      set_keys(k, weights);
     }
   }
 
-  // Calls visit(cluster, key, tokens) with all threads, for each cluster of the row; a
-  // cluster beyond it has no tokens.
+  // Calls visit(k, chunk) with all threads, for each run of clusters of the row.
   template <typename Visit>
   __device__ void for_each(const Visit& visit) {
-    for (int chunk = 0; chunk < row.num_clusters; chunk += kChunk) {
-      if (!one_chunk) find_keys(chunk);
+    for (int chunk = 0; chunk < (kOneChunk ? 1 : row.num_clusters); chunk += kChunk) {
+      if (!kOneChunk) find_keys(chunk);
 #pragma unroll
-      for (int i = 0; i < kPerThread; ++i) visit(cluster(chunk, i), keys[i], tokens[i]);
+      for (int k = 0; k < kGroups; ++k) visit(cluster(chunk, k), keys[k], tokens[k]);
     }
   }
 
-  // Writes the flags; returns the tokens taken. All threads.
-  __device__ int run(int budget, uint8_t* selected) {
-    const int thread = threadIdx.x, lane = thread % 32;
-    if (one_chunk) load_tokens(0);
-    for (int i = thread; i < kBins; i += kSelectThreads) s.bins[i] = 0;
-    if (thread < kSelectMaxGroup) s.max_bits[thread] = ordered_bits(-INFINITY);
-    if (thread == 0) s.taken = 0;
-    __syncthreads();
+  // Writes the flags, and the number of tokens attended to. All threads.
+  __device__ void run(uint8_t* selected, int32_t* num_attended) {
+    const int thread = threadIdx.x, budget = row.budget;
+    if (kOneChunk) load_blocks(0);
+    for (int i = thread; i < kBins / 4; i += kSelectThreads) {
+      reinterpret_cast<int4*>(s.bins)[i] = int4{0, 0, 0, 0};
+    }
+    if (thread == 0) s.num_candidates = 0;
 
     wait_for_previous_kernel();  // for the scores
     start_next_kernel();
-    normalise();
-    if (one_chunk) find_keys(0);
+    if constexpr (kOneChunk) {
+      // All that the first weights need is on its way before the first use.
+      float4 scores[kHeadsAtOnce];
+      load_scores(0, 0, 0, scores);
+      load_sums();
+      load_tokens(0);
+      __syncthreads();
+      find_sums();
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        float weights[kRun] = {};
+        add_weights(0, scores, weights);
+        for (int first = kHeadsAtOnce; first < row.group; first += kHeadsAtOnce) {
+          load_scores(0, first, k, scores);
+          add_weights(first, scores, weights);
+        }
+        set_keys(k, weights);
+        if (k + 1 < kGroups) load_scores(0, 0, k + 1, scores);
+      }
+    } else {
+      load_sums();
+      __syncthreads();
+      find_sums();
+    }
 
-    for_each([&](int, uint32_t key, int tokens) {
-      if (tokens > 0) atomicAdd(&s.bins[key >> kFirstShift], tokens);
+    for_each([&](int, const uint32_t (&key)[kRun], Tokens tokens) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (tokens[i] > 0) atomicAdd(&s.bins[kBins - 1 - (key[i] >> kFirstShift)], tokens[i]);
+      }
     });
     __syncthreads();
-    int shift = kFirstShift;
-    find_bin(kBins, 0, budget, s);
-    uint32_t prefix = s.bin;  // key >> shift of the bin in which the budget ends
+    int shift = kFirstShift, above = 0;
+    // key >> shift of the bin in which the budget ends
+    uint32_t prefix = kBins - 1 - find_bin<kBins>(s, budget, above);
     while (true) {
-      if (thread == 0) s.num_candidates = 0;
-      __syncthreads();
-      for_each([&](int c, uint32_t key, int tokens) {
-        const bool found = tokens > 0 && key >> shift == prefix;
-        const uint32_t lanes = __ballot_sync(~0u, found);
-        if (lanes == 0) return;
-        int slot = 0;
-        if (lane == 0) slot = atomicAdd(&s.num_candidates, __popc(lanes));
-        slot = __shfl_sync(~0u, slot, 0) + __popc(lanes & ((1u << lane) - 1));
-        if (found && slot < kMaxCandidates) {
-          s.candidate_key[slot] = key;
-          s.candidate[slot] = c;
-          s.candidate_tokens[slot] = tokens;
-        }
-      });
+      gather(shift, prefix, selected);
       __syncthreads();
       if (s.num_candidates <= kMaxCandidates || shift == 0) break;
+      __syncthreads();  // all have read num_candidates
       shift -= kNextBits;
       for (int i = thread; i < 1 << kNextBits; i += kSelectThreads) s.bins[i] = 0;
+      if (thread == 0) s.num_candidates = 0;
       __syncthreads();
-      for_each([&](int, uint32_t key, int tokens) {
-        if (tokens > 0 && key >> (shift + kNextBits) == prefix) {
-          atomicAdd(&s.bins[key >> shift & ((1 << kNextBits) - 1)], tokens);
+      for_each([&](int, const uint32_t (&key)[kRun], Tokens tokens) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          if (tokens[i] > 0 && key[i] >> (shift + kNextBits) == prefix) {
+            atomicAdd(&s.bins[~(key[i] >> shift) & ((1 << kNextBits) - 1)], tokens[i]);
+          }
         }
       });
       __syncthreads();
-      find_bin(1 << kNextBits, s.above, budget, s);
-      prefix = prefix << kNextBits | static_cast<uint32_t>(s.bin);
+      const int bin = find_bin<1 << kNextBits>(s, budget, above);
+      prefix = prefix << kNextBits | static_cast<uint32_t>((1 << kNextBits) - 1 - bin);
     }
-
-    // Candidates are flagged by those who rank them.
-    for_each([&](int c, uint32_t key, int tokens) {
-      const bool candidate = tokens > 0 && key >> shift == prefix;
-      if (c < row.num_clusters && !candidate) selected[c] = tokens > 0 && key >> shift > prefix;
-    });
     if (s.num_candidates > kMaxCandidates) {
-      take_in_order(prefix, budget, selected);
+      take_in_order(prefix, above, selected, num_attended);
     } else {
-      rank_candidates(budget, selected);
+      rank_candidates(above, selected, num_attended);
     }
-    __syncthreads();
-    return s.taken;
+  }
+
+  // Collects the clusters of a bin, and writes the flags of all others.
+  __device__ void gather(int shift, uint32_t prefix, uint8_t* selected) {
+    for_each([&](int c, const uint32_t (&key)[kRun], Tokens tokens) {
+      uint32_t flags = 0;
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (tokens[i] > 0 && key[i] >> shift > prefix) flags |= 1u << (8 * i);
+        if (tokens[i] > 0 && key[i] >> shift == prefix) {
+          const int slot = atomicAdd(&s.num_candidates, 1);
+          if (slot < kMaxCandidates) {
+            s.candidate[slot] = uint64_t{key[i]} << 32 | ~static_cast<uint32_t>(c + i);
+            s.candidate_tokens[slot] = tokens[i];
+          }
+        }
+      }
+      if (c < row.num_clusters) *reinterpret_cast<uint32_t*>(selected + c) = flags;
+    });
   }
 
   // Eight lanes rank a candidate against the others.
-  __device__ void rank_candidates(int budget, uint8_t* selected) {
-    const int num_candidates = s.num_candidates, above = s.above;
-    const int thread = threadIdx.x;
+  __device__ void rank_candidates(int above, uint8_t* selected, int32_t* num_attended) {
+    const int num_candidates = s.num_candidates, thread = threadIdx.x;
     for (int i = thread / 8; i < (num_candidates + 3) / 4 * 4; i += kSelectThreads / 8) {
       const bool valid = i < num_candidates;  // all of a warp's lanes take part
-      const uint32_t key = valid ? s.candidate_key[i] : 0;
-      const int cluster = valid ? s.candidate[i] : 0;
+      const uint64_t own = valid ? s.candidate[i] : 0;
       int before = 0;
       for (int k = thread % 8; k < num_candidates; k += 8) {
-        const uint32_t other = s.candidate_key[k];
-        if (other > key || (other == key && s.candidate[k] < cluster)) {
-          before += s.candidate_tokens[k];
-        }
+        if (s.candidate[k] > own) before += s.candidate_tokens[k];
       }
 #pragma unroll
       for (int d = 4; d > 0; d /= 2) before += __shfl_xor_sync(~0u, before, d);
-      before += above;
       if (valid && thread % 8 == 0) {
-        const bool taken = before < budget;
-        selected[cluster] = taken;
-        if (taken) atomicMax(&s.taken, before + s.candidate_tokens[i]);
+        take(~static_cast<uint32_t>(own), above + before, s.candidate_tokens[i], selected,
+             num_attended);
       }
+    }
+  }
+
+  // Flags a cluster with `before` tokens taken before it. One cluster ends the budget.
+  __device__ void take(uint32_t cluster, int before, int tokens, uint8_t* selected,
+                       int32_t* num_attended) {
+    selected[cluster] = before < row.budget;
+    if (before < row.budget && before + tokens >= row.budget) {
+      *num_attended = row.always_attended + before + tokens;
     }
   }
 
   // Takes clusters of equal weight in their order. Many equal weights are rare.
-  __device__ void take_in_order(uint32_t equal_key, int budget, uint8_t* selected) {
-    int above = s.above;
-    for_each([&](int c, uint32_t key, int tokens) {
-      const int tied = key == equal_key ? tokens : 0;
+  __device__ void take_in_order(uint32_t equal_key, int above, uint8_t* selected,
+                                int32_t* num_attended) {
+    for_each([&](int c, const uint32_t (&key)[kRun], Tokens tokens) {
+      int tied = 0;
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) tied += key[i] == equal_key ? tokens[i] : 0;
       int total;
-      const int before = above + block_exclusive_sum(tied, s.warp_tokens, total);
+      int before = above + block_exclusive_sum(tied, s.warp_tokens, total);
       above += total;
-      if (tied == 0) return;
-      selected[c] = before < budget;
-      if (before < budget) atomicMax(&s.taken, before + tied);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (key[i] != equal_key || tokens[i] == 0) continue;
+        take(c + i, before, tokens[i], selected, num_attended);
+        before += tokens[i];
+      }
     });
   }
 };
@@ -371,32 +445,35 @@ __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParam
   const int num_pages = dense ? 0 : static_cast<int>(num_indexed_pages(seq_len, pages.block_size));
   const int sinks = num_pages > 0 ? static_cast<int>(p.num_sink_tokens) : 0;
   const int clustered = num_pages * static_cast<int>(pages.block_size) - sinks;
-  const int budget = static_cast<int>(p.token_budget);
   SelectRow row;
   row.group = static_cast<int>(p.rows.num_heads / pages.num_kv_heads);
-  row.max_clusters = p.max_clusters;
-  row.scores = p.scores + (req * p.rows.num_heads + kv_head * row.group) * p.max_clusters;
+  const int64_t first_head = req * p.rows.num_heads + kv_head * row.group;
+  row.max_clusters = static_cast<uint32_t>(p.max_clusters);
+  row.scores = p.scores + first_head * p.max_clusters;
+  row.max_tiles = static_cast<int>(num_tiles(p.max_clusters));
+  row.tile_stats = reinterpret_cast<const float2*>(p.tile_stats) + first_head * row.max_tiles;
   row.num_clusters = num_pages * static_cast<int>(pages.num_clusters);
   row.cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;
   row.ends_block_stride = pages.ends_block_stride;
   row.block_table = p.rows.block_table + req * p.rows.block_table_stride;
   row.log_clusters = 31 - __clz(static_cast<int>(pages.num_clusters));
   row.num_sink_tokens = sinks;
+  row.budget = static_cast<int>(p.token_budget);
+  row.always_attended = static_cast<int>(seq_len) - clustered;
   uint8_t* selected = p.selected + (req * pages.num_kv_heads + kv_head) * p.max_clusters;
+  int32_t* num_attended = p.num_attended + req * pages.num_kv_heads + kv_head;
 
-  int taken = clustered;
-  if (clustered <= budget) {
+  if (clustered <= row.budget) {
     wait_for_previous_kernel();
     start_next_kernel();
     for (int c = threadIdx.x; c < row.num_clusters; c += kSelectThreads) selected[c] = 1;
-  } else if (row.num_clusters <= Selection<2>::kChunk) {
-    taken = Selection<2>(row, shared).run(budget, selected);
+    if (threadIdx.x == 0) *num_attended = static_cast<int>(seq_len);
+  } else if (row.num_clusters <= Selection<1, true>::kChunk) {
+    Selection<1, true>(row, shared).run(selected, num_attended);
+  } else if (row.num_clusters <= Selection<4, true>::kChunk) {
+    Selection<4, true>(row, shared).run(selected, num_attended);
   } else {
-    taken = Selection<8>(row, shared).run(budget, selected);
-  }
-  if (threadIdx.x == 0) {
-    p.num_attended[req * pages.num_kv_heads + kv_head] =
-        static_cast<int>(seq_len) - clustered + taken;
+    Selection<1, false>(row, shared).run(selected, num_attended);
   }
 }
 

@@ -59,6 +59,31 @@ def test_what_has_no_kernel_is_refused(name, case, message):
         getattr(ops, name)(**args)
 
 
+def one_element_off(tensor):
+    """A contiguous copy whose first element is the second of its memory."""
+    memory = tensor.new_empty(tensor.numel() + 1)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "num_bytes"),
+    [
+        ("score_clusters", "tile_stats", 8),
+        ("select_clusters", "scores", 16),
+        ("select_clusters", "tile_stats", 8),
+        ("select_clusters", "selected", 4),
+        ("sparse_decode", "selected", 8),
+        ("sparse_decode", "workspace", 8),
+    ],
+)
+def test_what_is_not_aligned_is_refused(name, argument, num_bytes):
+    args = arguments(make_decode_inputs(cases.DecodeCase((257, 300))).to("cuda"))[name]
+    args[argument] = one_element_off(args[argument])
+    message = rf"{name}: {argument} must be aligned to {num_bytes} bytes"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(ops, name)(**args)
+
+
 @pytest.mark.parametrize(
     "name", ["index_pages", "score_clusters", "select_clusters", "sparse_decode"]
 )

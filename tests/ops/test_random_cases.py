@@ -51,8 +51,8 @@ def check_case(case, seed, device) -> list[float]:
     looser_by = check_index(case, inputs.pages, block_ids, sinks)
     before = inputs.pages.buffer.clone()
     batch = BatchedReference(inputs)
-    scores = check_scores(inputs, batch)
-    selected = check_selection(case, inputs, batch, scores)
+    scores, tile_stats = check_scores(inputs, batch)
+    selected = check_selection(case, inputs, batch, scores, tile_stats)
     check_decode(case, inputs, batch, scores, selected)
     assert torch.equal(inputs.pages.buffer, before)
     return looser_by
@@ -165,13 +165,18 @@ def tightness(keys, labels, num_clusters) -> torch.Tensor:
     return torch.cosine_similarity(keys, own, dim=2).mean(1)
 
 
-def check_scores(inputs, batch) -> torch.Tensor:
-    scores = inputs.score(ops)
+def check_scores(inputs, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    scores, tile_stats = inputs.score_with_stats(ops)
     expected, bound = batch.scores()
     live = batch.live[:, None].expand_as(scores)
     assert_within(scores[live], expected[live], bound[live])
     assert (scores[~live] == float("inf")).all()
-    return scores
+    by_reference = inputs.tile_stats(scores)
+    assert_same_bits(tile_stats[..., 0], by_reference[..., 0])
+    torch.testing.assert_close(
+        tile_stats[..., 1], by_reference[..., 1], rtol=5e-6, atol=0, equal_nan=True
+    )
+    return scores, tile_stats
 
 
 def assert_within(actual, expected, bound) -> None:
@@ -188,9 +193,9 @@ def assert_within(actual, expected, bound) -> None:
     )
 
 
-def check_selection(case, inputs, batch, scores) -> torch.Tensor:
+def check_selection(case, inputs, batch, scores, tile_stats) -> torch.Tensor:
     budget = case.token_budget
-    selected, num_attended = inputs.select(ops, scores, budget)
+    selected, num_attended = inputs.select(ops, scores, budget, tile_stats)
     live = batch.live[:, None].expand_as(selected)
     assert (selected[~live] == UNTOUCHED).all() and (selected[live] <= 1).all()
     chosen = (selected == 1) & live

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""``score_clusters`` is the reference's product, in fp32 and to its last bits."""
+"""``score_clusters`` is the reference's product, in fp32 and to its last bits.
+
+Its ``tile_stats`` are those of the scores it wrote: max to the bit, sum to rounding.
+"""
+
+from math import exp
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from tests.support.bad_arguments import (
     PAGES,
     QUERY,
     ROWS,
+    TILE_STATS,
     longer,
     per_cluster,
     rejected,
@@ -20,6 +26,7 @@ from vllm_clusterkv import ops, reference
 from vllm_clusterkv.page_layout import PageLayout
 
 SMALL = cases.DecodeCase((257, 300), group=2)
+SUM_TOLERANCE = 5e-6  # relative, of 16 terms by fast exponentials
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
@@ -69,6 +76,7 @@ def test_every_finite_16_bit_value_is_read_exactly(dtype, device):
     pages = Pages.poisoned(layout, num_pages + 1)
     pages.centroids[:num_pages, :, 0] = means
     pages = pages.to(device)
+    pages.cluster_ends[:] = torch.arange(16, 257, 16, device=device).short()
     scores = torch.empty(4, 16, (num_pages + 1) * 16, device=device)
     ops.score_clusters(
         query=torch.eye(64, dtype=dtype, device=device).view(4, 16, 64),
@@ -77,7 +85,9 @@ def test_every_finite_16_bit_value_is_read_exactly(dtype, device):
         seq_lens=torch.full((4,), num_pages * 256 + 1, device=device).int(),
         min_sparse_lens=torch.zeros(4, dtype=torch.int32, device=device),
         scale=1.0,
+        num_sink_tokens=0,
         scores=scores,
+        tile_stats=torch.empty(4, 16, num_pages + 1, 2, device=device),
     )
     expected = means.float().view(-1, 64).T
     scores = scores.flatten(0, 1).cpu()
@@ -99,6 +109,80 @@ def test_infinities_and_nans_reach_the_scores(dtype, device):
     assert scores[4:16].isfinite().all()
 
 
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_tile_stats_are_those_of_the_scores(case, device):
+    inputs = make_decode_inputs(case)
+    scores, actual = inputs.to(device).score_with_stats(ops)
+    assert_stats(actual, inputs.tile_stats(scores.cpu()))
+
+
+def assert_stats(actual, expected):
+    """NaN is what the op must not write."""
+    actual = actual.cpu()
+    assert_same_bits(actual[..., 0], expected[..., 0])
+    torch.testing.assert_close(
+        actual[..., 1], expected[..., 1], rtol=SUM_TOLERANCE, atol=0, equal_nan=True
+    )
+
+
+def one_hot_inputs(num_pages, tokens_per_cluster, num_sink_tokens, logits):
+    """One row and head, whose cluster ``c`` has the score ``logits[c]``."""
+    case = cases.DecodeCase(
+        (num_pages * 256 + 1,),
+        num_kv_heads=1,
+        group=1,
+        tokens_per_cluster=tokens_per_cluster,
+        num_sink_tokens=num_sink_tokens,
+    )
+    inputs = make_decode_inputs(case)
+    inputs.scale = 1.0
+    inputs.query.zero_()
+    inputs.query[..., 0] = 1
+    blocks = inputs.block_table[0, :num_pages].long()
+    means = inputs.pages.centroids[blocks, 0, 0]  # [num_pages, num_clusters, D]
+    means[:] = 0
+    means[..., 0] = torch.tensor(logits, dtype=means.dtype).view(num_pages, -1)
+    inputs.pages.centroids[blocks, 0, 0] = means
+    return inputs, blocks
+
+
+def test_tile_stats_by_hand(device):
+    """Sinks, empty clusters with the best scores, a tile of two pages, half a tile."""
+    inputs, blocks = one_hot_inputs(3, 32, 16, [1.0, 9, *[1] * 6, *[0] * 8, *[-3] * 8])
+    ends = torch.arange(32, 257, 32).repeat(3, 1)
+    ends[0, 1] = 32  # cluster 1 is empty, cluster 2 has 64 tokens
+    inputs.pages.cluster_ends[blocks, 0] = ends.short()
+    _, stats = inputs.to(device).score_with_stats(ops)
+    assert stats.shape == (1, 1, 3, 2)
+    torch.testing.assert_close(
+        stats[0, 0, 0].cpu(), torch.tensor([1, 240 + 256 * exp(-1)])
+    )
+    assert stats[0, 0, 1].tolist() == [-3, 256]
+    assert stats[0, 0, 2].isnan().all()
+
+
+def test_a_tile_without_tokens(device):
+    """In front of the tokens, where sinks end exactly there, and behind them."""
+    inputs, blocks = one_hot_inputs(2, 8, 16, [5.0] * 64)
+    ends = torch.full((2, 32), 256)
+    ends[0, :16] = 16  # its first tile holds nothing behind the sinks
+    ends[1, :16] = torch.arange(16, 257, 16)
+    inputs.pages.cluster_ends[blocks, 0] = ends.short()
+    _, stats = inputs.to(device).score_with_stats(ops)
+    inf = float("inf")
+    assert stats[0, 0, :4].tolist() == [[-inf, 0], [5, 240], [5, 256], [-inf, 0]]
+    assert stats[0, 0, 4:].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4, 1e30])
+def test_tile_stats_of_any_spread(scale, device):
+    inputs = make_decode_inputs(cases.DecodeCase((1500, 600), group=3))
+    inputs.scale = scale
+    scores, actual = inputs.to(device).score_with_stats(ops)
+    assert actual[:, :, :2].isfinite().all()
+    assert_stats(actual, inputs.tile_stats(scores.cpu()))
+
+
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
@@ -106,7 +190,10 @@ def test_infinities_and_nans_reach_the_scores(dtype, device):
         *ROWS,
         *QUERY,
         *per_cluster("scores", "Float"),
+        *TILE_STATS,
         ("scores", longer(1), r"scores.size\(1\) must equal its number of heads"),
+        ("num_sink_tokens", lambda _: -1, r"must be 0 to block_size - 1 .* got -1"),
+        ("num_sink_tokens", lambda _: 256, r"0 to block_size - 1 \(255\), got 256"),
     ],
 )
 def test_bad_arguments_are_named(name, spoil, message):

@@ -9,6 +9,7 @@ from tests.support import cases
 from tests.support.bad_arguments import (
     PAGES,
     ROWS,
+    TILE_STATS,
     doubled,
     flattened,
     longer,
@@ -183,20 +184,21 @@ def test_dense_rows_attend_to_everything_and_select_nothing(device):
 
 def test_a_row_does_not_depend_on_its_batch(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 0, 257, 600))).to(device)
-    scores = inputs.score(ops)
-    selected, num_attended = inputs.select(ops, scores, 100)
+    scores, stats = inputs.score_with_stats(ops)
+    selected, num_attended = inputs.select(ops, scores, 100, stats)
     for req in range(4):
-        alone = inputs.only(req).select(ops, scores[req : req + 1], 100)
+        row = slice(req, req + 1)
+        alone = inputs.only(req).select(ops, scores[row], 100, stats[row])
         assert_same_bits(alone[0][0], selected[req])
         assert_same_bits(alone[1][0], num_attended[req])
 
 
 def test_a_larger_budget_only_adds_clusters(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500,))).to(device)
-    scores = inputs.score(ops)
+    scores, stats = inputs.score_with_stats(ops)
     before = torch.zeros_like(scores[:, :2], dtype=torch.uint8)
     for token_budget in (1, 16, 17, 100, 500, 1263, 1264, 2000):
-        selected, _ = inputs.select(ops, scores, token_budget)
+        selected, _ = inputs.select(ops, scores, token_budget, stats)
         assert (selected >= before).all()
         before = selected
 
@@ -208,6 +210,7 @@ def test_a_larger_budget_only_adds_clusters(device):
         *ROWS,
         *per_cluster("scores", "Float"),
         *per_cluster("selected", "Byte"),
+        *TILE_STATS,
         ("scores", longer(1), r"a multiple of num_kv_heads \(2\), got 5"),
         ("selected", longer(1), r"selected.size\(1\) must equal its number of heads"),
         ("num_attended", flattened, r"num_attended must have 2 dimensions, got 1"),

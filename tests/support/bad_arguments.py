@@ -103,6 +103,17 @@ QUERY = [
 ]
 
 
+TILE_STATS = [
+    ("tile_stats", flattened, r"tile_stats must have 4 dimensions, got 1"),
+    ("tile_stats", doubled, r"tile_stats must have dtype Float, got Double"),
+    ("tile_stats", longer(0), r"tile_stats.size\(0\) must equal num_reqs \(2\), got 3"),
+    ("tile_stats", longer(1), r"tile_stats.size\(1\) must equal num_heads \(4\)"),
+    ("tile_stats", longer(2), r"tile_stats.size\(2\) must equal max_clusters / 16"),
+    ("tile_stats", longer(3), r"tile_stats.size\(3\) must equal max and sum \(2\)"),
+    ("tile_stats", padded, r"tile_stats must be contiguous"),
+]
+
+
 def per_cluster(name: str, dtype: str) -> list:
     """Bad values of ``scores`` or ``selected``."""
     return [

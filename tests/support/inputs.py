@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+from vllm_clusterkv import reference
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
 
 POISON_BYTE = -1  # bytes of 0xff: NaN in every float dtype, -1 as a cluster end
 UNTOUCHED = 77  # fills uint8 outputs
@@ -80,7 +81,8 @@ class DecodeInputs:
 
     The methods that run an op take the module that implements it, ``ops`` or
     ``reference``, and return fresh outputs. What is not written stays infinite in
-    scores (so that a NaN, which poison gives, shows), ``UNTOUCHED`` in selections.
+    scores (so that a NaN, which poison gives, shows), NaN in tile_stats (so that one
+    that is read shows), ``UNTOUCHED`` in selections.
     """
 
     pages: Pages
@@ -148,15 +150,50 @@ class DecodeInputs:
             "query": self.query,
             **self._shared_args(),
             "scale": self.scale,
+            "num_sink_tokens": self.num_sink_tokens,
             "scores": self._per_cluster(
                 self.query.shape[1], float("inf"), torch.float32
             ),
+            "tile_stats": self._no_stats(),
         }
 
-    def select_args(self, scores: torch.Tensor, token_budget: int) -> dict:
+    def _no_stats(self) -> torch.Tensor:
+        """[num_reqs, num_heads, num_tiles, 2], all NaN."""
+        max_clusters = self.block_table.shape[1] * self.pages.layout.num_clusters
+        shape = (*self.query.shape[:2], num_tiles(max_clusters), 2)
+        return torch.full(shape, float("nan"), device=self.query.device)
+
+    def tile_stats(self, scores: torch.Tensor) -> torch.Tensor:
+        """The reference's of these scores; NaN where an op must not write."""
+        scores, stats = scores.to(self.query.device), self._no_stats()
         num_kv_heads = self.pages.layout.num_kv_heads
+        of_kv_head = scores.unflatten(1, (num_kv_heads, -1))
+        for req in range(len(scores)):
+            blocks = self.block_table[req, : self.num_indexed(req)].long()
+            for head in range(num_kv_heads):
+                sizes = reference.cluster_sizes(
+                    self.pages.cluster_ends[blocks, head], self.num_sink_tokens
+                )
+                found = reference.softmax_stats(
+                    of_kv_head[req, head, :, : len(sizes)], sizes
+                )
+                heads = stats[req].unflatten(0, (num_kv_heads, -1))[head]
+                heads[:, : found.shape[1]] = found
+        return stats
+
+    def select_args(
+        self,
+        scores: torch.Tensor,
+        token_budget: int,
+        tile_stats: torch.Tensor | None = None,
+    ) -> dict:
+        """Without ``tile_stats``, those of the scores."""
+        num_kv_heads = self.pages.layout.num_kv_heads
+        if tile_stats is None:
+            tile_stats = self.tile_stats(scores)
         return {
             "scores": scores.to(self.query.device),
+            "tile_stats": tile_stats.to(self.query.device),
             **self._shared_args(),
             "num_sink_tokens": self.num_sink_tokens,
             "token_budget": token_budget,
@@ -194,12 +231,17 @@ class DecodeInputs:
         }
 
     def score(self, module) -> torch.Tensor:
+        return self.score_with_stats(module)[0]
+
+    def score_with_stats(self, module) -> tuple[torch.Tensor, torch.Tensor]:
         args = self.score_args()
         module.score_clusters(**args)
-        return args["scores"]
+        return args["scores"], args["tile_stats"]
 
-    def select(self, module, scores, token_budget) -> tuple[torch.Tensor, torch.Tensor]:
-        args = self.select_args(scores, token_budget)
+    def select(
+        self, module, scores, token_budget, tile_stats=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        args = self.select_args(scores, token_budget, tile_stats)
         module.select_clusters(**args)
         return args["selected"], args["num_attended"]
 
