@@ -8,9 +8,8 @@
 namespace clusterkv::cuda {
 namespace {
 
-// 512 threads of 72 registers take 56% of a multiprocessor's: a block fits beside two of
-// score_clusters at head size 128, and so starts before scoring ends.
-__global__ void __maxnreg__(72) select_clusters_kernel(const SelectClustersParams p) {
+__global__ void __launch_bounds__(kSelectThreads)
+    select_clusters_kernel(const SelectClustersParams p) {
   __shared__ SelectShared shared;
   select_clusters_of_row(p, shared);
 }

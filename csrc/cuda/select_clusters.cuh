@@ -2,9 +2,10 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
 // Budgeted selection, one block for a row and KV head. Weights are not negative, so
-// their bits ascend with them: a histogram of tokens by a weight's leading bits says in
-// which bin the budget ends. Bins above are taken whole; the clusters of that bin are
-// ranked one against another, or, if they are many, told apart by their next bits.
+// their bits ascend with them: a histogram of tokens by how far a weight's bits are below
+// those of the largest that can be says in which bin the budget ends. Bins before are
+// taken whole; the clusters of that bin are ranked one against another, or, if they are
+// many, told apart by their next bits.
 //
 // The time is that of a chain of dependent steps. Softmax sums come from score_clusters'
 // tile_stats, so scores are read once; what a thread needs again stays in its registers:
@@ -17,20 +18,23 @@
 
 namespace clusterkv::cuda {
 
-constexpr int kSelectThreads = 512;
+constexpr int kSelectThreads = 1024;
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kHeadsAtOnce = 4;
-constexpr int kRun = 4;          // consecutive clusters: of one page, a thread's share
-constexpr int kFirstShift = 20;  // 11 leading bits: the exponent and 3 of the mantissa
-constexpr int kNextBits = 10;    // then twice 10
-constexpr int kBins = 1 << (31 - kFirstShift);
+constexpr int kRun = 4;  // consecutive clusters: of one page, a thread's share
+constexpr int kBins = 2048;
+// Bins of 2^17 in weights' bits, a 64th of a power of 2, for all above 2^-32 of the
+// largest; the last bin has the rest.
+constexpr int kFirstShift = 17;
+constexpr int kAllShift = 20;        // bins of 2^20: for every weight
+constexpr int kNextBits = 10;        // at most, to tell the clusters of a bin apart
 constexpr int kMaxCandidates = 256;  // clusters of one bin to rank by comparison
 
 struct SelectShared {
-  alignas(16) int bins[kBins];  // tokens by leading bits, the heaviest first
+  alignas(16) int bins[kBins];  // tokens, of the heaviest clusters first
   float2 sums[kSelectWarps];    // max and sum of count * exp(score - max), a part of a head's
   int warp_tokens[kSelectWarps];
-  uint64_t candidate[kMaxCandidates];  // key, then the lower cluster first
+  uint64_t candidate[kMaxCandidates];  // key, then cluster
   int candidate_tokens[kMaxCandidates];
   int num_candidates;
 };
@@ -131,10 +135,11 @@ struct Selection {
   static constexpr int kChunk = kGroups * kGroupClusters;
   int blocks[kGroups];           // of the runs' pages
   Tokens tokens[kGroups];        // 0 beyond the row, too
-  uint32_t keys[kGroups][kRun];  // bits of the weight a token
+  uint32_t keys[kGroups][kRun];  // bits of the weight a token, from the largest down
   // Of head h, in lane h * parts: max and 1 / sum of its softmax.
   int parts;
   float head_max, head_inverse;
+  int largest_bits;  // of a weight: that of a cluster with every head's maximum
 
   __device__ Selection(const SelectRow& row, SelectShared& s) : row(row), s(s) {}
 
@@ -220,6 +225,9 @@ struct Selection {
     float sum = own.y;
     merge_sums(head_max, sum, parts);
     head_inverse = 1.0f / sum;
+    float largest = 0.0f;
+    for (int h = 0; h < row.group; ++h) largest += __shfl_sync(~0u, head_inverse, h * parts);
+    largest_bits = __float_as_int(largest);
   }
 
   // Over `width` neighbouring lanes.
@@ -264,7 +272,9 @@ struct Selection {
   __device__ void set_keys(int k, const float (&weights)[kRun]) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      keys[k][i] = __float_as_uint(weights[i]) & 0x7fffffffu;  // NaN, too, has a bin
+      // Not below 0: NaN, too, has a bin.
+      const int bits = __float_as_int(weights[i]) & 0x7fffffff;
+      keys[k][i] = static_cast<uint32_t>(max(largest_bits - bits, 0));
     }
   }
 
@@ -297,69 +307,70 @@ struct Selection {
   // Writes the flags, and the number of tokens attended to. All threads.
   __device__ void run(uint8_t* selected, int32_t* num_attended) {
     const int thread = threadIdx.x, budget = row.budget;
-    if (kOneChunk) load_blocks(0);
+    if (kOneChunk) {
+      load_blocks(0);
+      load_tokens(0);
+    }
     for (int i = thread; i < kBins / 4; i += kSelectThreads) {
       reinterpret_cast<int4*>(s.bins)[i] = int4{0, 0, 0, 0};
     }
     if (thread == 0) s.num_candidates = 0;
 
     wait_for_previous_kernel();  // for the scores
-    start_next_kernel();
     if constexpr (kOneChunk) {
-      // All that the first weights need is on its way before the first use.
-      float4 scores[kHeadsAtOnce];
-      load_scores(0, 0, 0, scores);
-      load_sums();
-      load_tokens(0);
-      __syncthreads();
-      find_sums();
+      // A set of heads' scores are all on their way before the first use, and before the
+      // next kernel keeps the memory busy.
+      float weights[kGroups][kRun] = {};
+      for (int first = 0; first < row.group; first += kHeadsAtOnce) {
+        float4 scores[kGroups][kHeadsAtOnce];
 #pragma unroll
-      for (int k = 0; k < kGroups; ++k) {
-        float weights[kRun] = {};
-        add_weights(0, scores, weights);
-        for (int first = kHeadsAtOnce; first < row.group; first += kHeadsAtOnce) {
-          load_scores(0, first, k, scores);
-          add_weights(first, scores, weights);
+        for (int k = 0; k < kGroups; ++k) load_scores(0, first, k, scores[k]);
+        if (first == 0) {
+          load_sums();
+          start_next_kernel();
+          __syncthreads();
+          find_sums();
         }
-        set_keys(k, weights);
-        if (k + 1 < kGroups) load_scores(0, 0, k + 1, scores);
+#pragma unroll
+        for (int k = 0; k < kGroups; ++k) add_weights(first, scores[k], weights[k]);
       }
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) set_keys(k, weights[k]);
     } else {
+      start_next_kernel();
       load_sums();
       __syncthreads();
       find_sums();
     }
 
-    for_each([&](int, const uint32_t (&key)[kRun], Tokens tokens) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if (tokens[i] > 0) atomicAdd(&s.bins[kBins - 1 - (key[i] >> kFirstShift)], tokens[i]);
-      }
-    });
-    __syncthreads();
     int shift = kFirstShift, above = 0;
+    add_tokens(shift);
     // key >> shift of the bin in which the budget ends
-    uint32_t prefix = kBins - 1 - find_bin<kBins>(s, budget, above);
+    uint32_t prefix = find_bin<kBins>(s, budget, above);
+    if (prefix == kBins - 1) {
+      clear_bins();
+      shift = kAllShift;
+      above = 0;
+      add_tokens(shift);
+      prefix = find_bin<kBins>(s, budget, above);
+    }
     while (true) {
       gather(shift, prefix, selected);
       __syncthreads();
       if (s.num_candidates <= kMaxCandidates || shift == 0) break;
-      __syncthreads();  // all have read num_candidates
-      shift -= kNextBits;
-      for (int i = thread; i < 1 << kNextBits; i += kSelectThreads) s.bins[i] = 0;
-      if (thread == 0) s.num_candidates = 0;
-      __syncthreads();
+      clear_bins();
+      const int bits = min(kNextBits, shift);
+      shift -= bits;
       for_each([&](int, const uint32_t (&key)[kRun], Tokens tokens) {
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          if (tokens[i] > 0 && key[i] >> (shift + kNextBits) == prefix) {
-            atomicAdd(&s.bins[~(key[i] >> shift) & ((1 << kNextBits) - 1)], tokens[i]);
+          if (tokens[i] > 0 && key[i] >> (shift + bits) == prefix) {
+            atomicAdd(&s.bins[key[i] >> shift & ((1 << bits) - 1)], tokens[i]);
           }
         }
       });
       __syncthreads();
-      const int bin = find_bin<1 << kNextBits>(s, budget, above);
-      prefix = prefix << kNextBits | static_cast<uint32_t>((1 << kNextBits) - 1 - bin);
+      prefix = prefix << bits | find_bin<1 << kNextBits>(s, budget, above);
     }
     if (s.num_candidates > kMaxCandidates) {
       take_in_order(prefix, above, selected, num_attended);
@@ -368,17 +379,37 @@ struct Selection {
     }
   }
 
+  // Makes bins and candidates ready to be filled anew, once all have read them.
+  __device__ void clear_bins() {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kBins; i += kSelectThreads) s.bins[i] = 0;
+    if (threadIdx.x == 0) s.num_candidates = 0;
+    __syncthreads();
+  }
+
+  // Fills the bins by key >> shift.
+  __device__ void add_tokens(int shift) {
+    for_each([&](int, const uint32_t (&key)[kRun], Tokens tokens) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const uint32_t bin = min(key[i] >> shift, static_cast<uint32_t>(kBins - 1));
+        if (tokens[i] > 0) atomicAdd(&s.bins[bin], tokens[i]);
+      }
+    });
+    __syncthreads();
+  }
+
   // Collects the clusters of a bin, and writes the flags of all others.
   __device__ void gather(int shift, uint32_t prefix, uint8_t* selected) {
     for_each([&](int c, const uint32_t (&key)[kRun], Tokens tokens) {
       uint32_t flags = 0;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        if (tokens[i] > 0 && key[i] >> shift > prefix) flags |= 1u << (8 * i);
+        if (tokens[i] > 0 && key[i] >> shift < prefix) flags |= 1u << (8 * i);
         if (tokens[i] > 0 && key[i] >> shift == prefix) {
           const int slot = atomicAdd(&s.num_candidates, 1);
           if (slot < kMaxCandidates) {
-            s.candidate[slot] = uint64_t{key[i]} << 32 | ~static_cast<uint32_t>(c + i);
+            s.candidate[slot] = uint64_t{key[i]} << 32 | static_cast<uint32_t>(c + i);
             s.candidate_tokens[slot] = tokens[i];
           }
         }
@@ -395,12 +426,12 @@ struct Selection {
       const uint64_t own = valid ? s.candidate[i] : 0;
       int before = 0;
       for (int k = thread % 8; k < num_candidates; k += 8) {
-        if (s.candidate[k] > own) before += s.candidate_tokens[k];
+        if (s.candidate[k] < own) before += s.candidate_tokens[k];
       }
 #pragma unroll
       for (int d = 4; d > 0; d /= 2) before += __shfl_xor_sync(~0u, before, d);
       if (valid && thread % 8 == 0) {
-        take(~static_cast<uint32_t>(own), above + before, s.candidate_tokens[i], selected,
+        take(static_cast<uint32_t>(own), above + before, s.candidate_tokens[i], selected,
              num_attended);
       }
     }
@@ -470,8 +501,8 @@ __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParam
     if (threadIdx.x == 0) *num_attended = static_cast<int>(seq_len);
   } else if (row.num_clusters <= Selection<1, true>::kChunk) {
     Selection<1, true>(row, shared).run(selected, num_attended);
-  } else if (row.num_clusters <= Selection<4, true>::kChunk) {
-    Selection<4, true>(row, shared).run(selected, num_attended);
+  } else if (row.num_clusters <= Selection<2, true>::kChunk) {
+    Selection<2, true>(row, shared).run(selected, num_attended);
   } else {
     Selection<1, false>(row, shared).run(selected, num_attended);
   }

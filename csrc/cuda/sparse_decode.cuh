@@ -325,7 +325,8 @@ template <typename T, int kHeadSize, int kHeadTiles>
 __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<T>& row,
                                    const SplitPages& pages, SparseShared<kHeadSize>& shared,
                                    DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
-  constexpr int kStep = DecodeTraits<kHeadSize>::kWarps;
+  using Traits = DecodeTraits<kHeadSize>;
+  constexpr int kStep = Traits::kWarps;
   const int window_pages = SparseShared<kHeadSize>::kWindowClusters >> pages.log_clusters;
   const int lane = warp.lane;
 
