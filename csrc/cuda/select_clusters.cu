@@ -8,10 +8,11 @@
 namespace clusterkv::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kSelectThreads)
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)
     select_clusters_kernel(const SelectClustersParams p) {
   __shared__ SelectShared shared;
-  select_clusters_of_row(p, shared);
+  select_clusters_of_row<kThreads>(p, shared);
 }
 
 void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids,
@@ -33,10 +34,13 @@ void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor c
   check_aligned("select_clusters", "selected", params.selected, {}, 4);
   if (params.rows.num_reqs == 0) return;
   const LaunchContext context("select_clusters", kv_cache);
-  context.launch_pdl(select_clusters_kernel,
-                     dim3(static_cast<unsigned>(params.pages.num_kv_heads),
-                          static_cast<unsigned>(params.rows.num_reqs)),
-                     dim3(kSelectThreads), 0, params);
+  const dim3 grid(static_cast<unsigned>(params.pages.num_kv_heads),
+                  static_cast<unsigned>(params.rows.num_reqs));
+  if (4 * grid.x * grid.y <= static_cast<unsigned>(context.num_multiprocessors())) {
+    context.launch_pdl(select_clusters_kernel<kManyThreads>, grid, dim3(kManyThreads), 0, params);
+  } else {
+    context.launch_pdl(select_clusters_kernel<kFewThreads>, grid, dim3(kFewThreads), 0, params);
+  }
 }
 
 }  // namespace

@@ -18,8 +18,9 @@
 
 namespace clusterkv::cuda {
 
-constexpr int kSelectThreads = 1024;
-constexpr int kSelectWarps = kSelectThreads / 32;
+// A block of all threads that a multiprocessor holds keeps what follows from starting
+// there: kManyThreads for a few rows and heads, kFewThreads for many.
+constexpr int kManyThreads = 1024, kFewThreads = 512;
 constexpr int kHeadsAtOnce = 4;
 constexpr int kRun = 4;  // consecutive clusters: of one page, a thread's share
 constexpr int kBins = 2048;
@@ -31,9 +32,9 @@ constexpr int kNextBits = 10;        // at most, to tell the clusters of a bin a
 constexpr int kMaxCandidates = 256;  // clusters of one bin to rank by comparison
 
 struct SelectShared {
-  alignas(16) int bins[kBins];  // tokens, of the heaviest clusters first
-  float2 sums[kSelectWarps];    // max and sum of count * exp(score - max), a part of a head's
-  int warp_tokens[kSelectWarps];
+  alignas(16) int bins[kBins];     // tokens, of the heaviest clusters first
+  float2 sums[kManyThreads / 32];  // max and sum of count * exp(score - max), a part of a head's
+  int warp_tokens[kManyThreads / 32];
   uint64_t candidate[kMaxCandidates];  // key, then cluster
   int candidate_tokens[kMaxCandidates];
   int num_candidates;
@@ -68,12 +69,13 @@ __device__ __forceinline__ int warp_inclusive_sum(int value) {
 }
 
 // Sum over the threads before this one, and over all of them in `total`.
+template <int kThreads>
 __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_totals, int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int inclusive = warp_inclusive_sum(value);
   if (lane == 31) warp_totals[warp] = inclusive;
   __syncthreads();
-  const int warps = warp_inclusive_sum(lane < kSelectWarps ? warp_totals[lane] : 0);
+  const int warps = warp_inclusive_sum(lane < kThreads / 32 ? warp_totals[lane] : 0);
   total = __shfl_sync(~0u, warps, 31);
   const int before = __shfl_sync(~0u, warps, warp > 0 ? warp - 1 : 0);
   __syncthreads();  // warp_totals may be written again
@@ -83,9 +85,9 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_totals, 
 // Finds the bin in which `above` plus the tokens of the bins so far reach the budget,
 // and sets `above` to what is before it. The bins hold enough. Every warp finds it anew:
 // that costs less than to wait for one that tells the others.
-template <int kNumBins>
+template <int kThreads, int kNumBins>
 __device__ __forceinline__ int find_bin(SelectShared& s, int budget, int& above) {
-  constexpr int kEach = kNumBins / kSelectThreads;
+  constexpr int kEach = kNumBins / kThreads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto load = [&](int warp, int (&bins)[kEach]) {
     int sum = 0;
@@ -97,7 +99,7 @@ __device__ __forceinline__ int find_bin(SelectShared& s, int budget, int& above)
   const int of_warp = __reduce_add_sync(~0u, load(warp, bins));
   if (lane == 0) s.warp_tokens[warp] = of_warp;
   __syncthreads();
-  int inclusive = warp_inclusive_sum(lane < kSelectWarps ? s.warp_tokens[lane] : 0);
+  int inclusive = warp_inclusive_sum(lane < kThreads / 32 ? s.warp_tokens[lane] : 0);
   const int found_warp = __ffs(__ballot_sync(~0u, above + inclusive >= budget)) - 1;
   const int warps_before = __shfl_sync(~0u, inclusive, max(found_warp - 1, 0));
   if (found_warp > 0) above += warps_before;
@@ -126,12 +128,12 @@ struct Tokens {
 };
 
 // The selection of one row and KV head by a block. Thread t has runs of kRun clusters:
-// runs t, t + kSelectThreads, ... of each chunk of kGroups * kSelectThreads.
-template <int kGroups, bool kOneChunk>
+// runs t, t + kThreads, ... of each chunk of kGroups * kThreads.
+template <int kThreads, int kGroups, bool kOneChunk>
 struct Selection {
   const SelectRow& row;
   SelectShared& s;
-  static constexpr int kGroupClusters = kSelectThreads * kRun;
+  static constexpr int kGroupClusters = kThreads * kRun;
   static constexpr int kChunk = kGroups * kGroupClusters;
   int blocks[kGroups];           // of the runs' pages
   Tokens tokens[kGroups];        // 0 beyond the row, too
@@ -186,13 +188,13 @@ struct Selection {
   __device__ void load_sums() {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int log_heads = row.group > 1 ? 32 - __clz(row.group - 1) : 0;
-    parts = kSelectWarps >> log_heads;
+    parts = kThreads / 32 >> log_heads;
     const int head = warp & ((1 << log_heads) - 1), part = warp >> log_heads;
     const int tiles = static_cast<int>(num_tiles(row.num_clusters));
     float max = -INFINITY, sum = 0.0f;
     if (head < row.group) {
       const float2* stats = row.tile_stats + head * row.max_tiles;
-      constexpr int kAtOnce = 4;
+      constexpr int kAtOnce = 2;
       for (int first = part * 32 + lane; first < tiles; first += parts * 32 * kAtOnce) {
         float2 own[kAtOnce];
         float higher = max;
@@ -220,7 +222,7 @@ struct Selection {
   // After load_sums() and a barrier.
   __device__ void find_sums() {
     const int lane = threadIdx.x % 32;
-    const float2 own = lane < kSelectWarps ? s.sums[lane] : float2{-INFINITY, 0.0f};
+    const float2 own = lane < kThreads / 32 ? s.sums[lane] : float2{-INFINITY, 0.0f};
     head_max = own.x;
     float sum = own.y;
     merge_sums(head_max, sum, parts);
@@ -311,7 +313,7 @@ struct Selection {
       load_blocks(0);
       load_tokens(0);
     }
-    for (int i = thread; i < kBins / 4; i += kSelectThreads) {
+    for (int i = thread; i < kBins / 4; i += kThreads) {
       reinterpret_cast<int4*>(s.bins)[i] = int4{0, 0, 0, 0};
     }
     if (thread == 0) s.num_candidates = 0;
@@ -326,8 +328,8 @@ struct Selection {
 #pragma unroll
         for (int k = 0; k < kGroups; ++k) load_scores(0, first, k, scores[k]);
         if (first == 0) {
-          load_sums();
           start_next_kernel();
+          load_sums();
           __syncthreads();
           find_sums();
         }
@@ -346,13 +348,13 @@ struct Selection {
     int shift = kFirstShift, above = 0;
     add_tokens(shift);
     // key >> shift of the bin in which the budget ends
-    uint32_t prefix = find_bin<kBins>(s, budget, above);
+    uint32_t prefix = find_bin<kThreads, kBins>(s, budget, above);
     if (prefix == kBins - 1) {
       clear_bins();
       shift = kAllShift;
       above = 0;
       add_tokens(shift);
-      prefix = find_bin<kBins>(s, budget, above);
+      prefix = find_bin<kThreads, kBins>(s, budget, above);
     }
     while (true) {
       gather(shift, prefix, selected);
@@ -370,7 +372,7 @@ struct Selection {
         }
       });
       __syncthreads();
-      prefix = prefix << bits | find_bin<1 << kNextBits>(s, budget, above);
+      prefix = prefix << bits | find_bin<kThreads, 1 << kNextBits>(s, budget, above);
     }
     if (s.num_candidates > kMaxCandidates) {
       take_in_order(prefix, above, selected, num_attended);
@@ -382,7 +384,7 @@ struct Selection {
   // Makes bins and candidates ready to be filled anew, once all have read them.
   __device__ void clear_bins() {
     __syncthreads();
-    for (int i = threadIdx.x; i < kBins; i += kSelectThreads) s.bins[i] = 0;
+    for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
     if (threadIdx.x == 0) s.num_candidates = 0;
     __syncthreads();
   }
@@ -421,7 +423,7 @@ struct Selection {
   // Eight lanes rank a candidate against the others.
   __device__ void rank_candidates(int above, uint8_t* selected, int32_t* num_attended) {
     const int num_candidates = s.num_candidates, thread = threadIdx.x;
-    for (int i = thread / 8; i < (num_candidates + 3) / 4 * 4; i += kSelectThreads / 8) {
+    for (int i = thread / 8; i < (num_candidates + 3) / 4 * 4; i += kThreads / 8) {
       const bool valid = i < num_candidates;  // all of a warp's lanes take part
       const uint64_t own = valid ? s.candidate[i] : 0;
       int before = 0;
@@ -454,7 +456,7 @@ struct Selection {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) tied += key[i] == equal_key ? tokens[i] : 0;
       int total;
-      int before = above + block_exclusive_sum(tied, s.warp_tokens, total);
+      int before = above + block_exclusive_sum<kThreads>(tied, s.warp_tokens, total);
       above += total;
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
@@ -467,6 +469,7 @@ struct Selection {
 };
 
 // Grid: [num_kv_heads, num_reqs].
+template <int kThreads>
 __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParams& p,
                                                        SelectShared& shared) {
   const SemanticPages& pages = p.pages;
@@ -497,14 +500,14 @@ __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParam
   if (clustered <= row.budget) {
     wait_for_previous_kernel();
     start_next_kernel();
-    for (int c = threadIdx.x; c < row.num_clusters; c += kSelectThreads) selected[c] = 1;
+    for (int c = threadIdx.x; c < row.num_clusters; c += kThreads) selected[c] = 1;
     if (threadIdx.x == 0) *num_attended = static_cast<int>(seq_len);
-  } else if (row.num_clusters <= Selection<1, true>::kChunk) {
-    Selection<1, true>(row, shared).run(selected, num_attended);
-  } else if (row.num_clusters <= Selection<2, true>::kChunk) {
-    Selection<2, true>(row, shared).run(selected, num_attended);
+  } else if (row.num_clusters <= Selection<kThreads, 1, true>::kChunk) {
+    Selection<kThreads, 1, true>(row, shared).run(selected, num_attended);
+  } else if (row.num_clusters <= Selection<kThreads, 2, true>::kChunk) {
+    Selection<kThreads, 2, true>(row, shared).run(selected, num_attended);
   } else {
-    Selection<1, false>(row, shared).run(selected, num_attended);
+    Selection<kThreads, 1, false>(row, shared).run(selected, num_attended);
   }
 }
 
