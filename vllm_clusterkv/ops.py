@@ -230,7 +230,8 @@ def sparse_decode(
 
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
-        scores: As ``select_clusters``; read for the clusters left out.
+        scores: As ``select_clusters``; read with ``tail_estimate``, of all clusters
+            with tokens.
         selected: As ``select_clusters``.
         scale: Softmax scale.
         num_sink_tokens: Unclustered rows at the start of a request's first page.

@@ -97,9 +97,9 @@ class LaunchContext {
   }
 
   // As launch, but where the device can (compute capability 9.0), the kernel starts
-  // while its predecessor finishes. It must call cudaGridDependencySynchronize()
-  // (griddepcontrol.wait) before it touches memory that an earlier kernel writes or
-  // still reads.
+  // while its predecessor finishes. It must call wait_for_previous_kernel() before it
+  // touches memory that its predecessor writes or still reads. What the kernels before
+  // that one wrote is there if the predecessor's start_next_kernel() follows its wait.
   template <typename... Params, typename... Args>
   void launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
                   Args... args) const {

@@ -114,7 +114,7 @@ def test_splits_change_nothing_but_rounding(device):
     dtype = cases.finest_dtype(device)
     inputs, scores, selected = prepare(cases.DecodeCase((1500, 258), dtype))
     expected = inputs.decode(reference, scores, selected, out_dtype=torch.float32)
-    # Weights in 16 bits are off by half an eps, by whatever values of about 1 they have.
+    # Weights in 16 bits are off by half an eps, of values of about 1.
     rtol = 2e-5 + torch.finfo(dtype).eps
     on_device = inputs.to(device)
     for num_splits in (1, 2, 3, 5, 6, 7, 64):
