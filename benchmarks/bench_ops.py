@@ -7,6 +7,9 @@ One layer of Llama-3.1-8B's attention in bf16, for a batch of decode rows:
     score_clusters, select_clusters, sparse_decode   alone; every row sparse
     decode           the three as vllm_clusterkv.backend.decode calls them
     decode_dense     the same call with every row below its min_sparse_len
+    decode_in_layer, flash_attn_in_layer
+                     what they add to the matrix products of a layer, between which they
+                     run; the figure nearest to a model's
     index_pages      of all 32 layers: a page each (a decode row fills one), and the 32
                      pages each of a prefill chunk of 8192 tokens
     flash_attn       vLLM's FLASH_ATTN as in a FULL CUDA graph, on the same pages
@@ -38,7 +41,7 @@ from pathlib import Path
 
 import torch
 from gpu_baselines import BASELINES, Baseline, Unavailable
-from gpu_layers import Case, IndexCall, Layers, OpCalls, num_splits
+from gpu_layers import Case, IndexCall, LayerProducts, Layers, OpCalls, num_splits
 from gpu_timing import Call, Timing, gpu_machine, measure_bandwidth, take_turns
 from traffic import Load, Shape, bytes_owed
 
@@ -48,6 +51,7 @@ from vllm_clusterkv.page_layout import BLOCK_SIZE
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ["score_clusters", "select_clusters", "sparse_decode"]
 WHOLES = ["decode", "decode_dense"]
+IN_LAYER = "decode_in_layer"
 CONTEXT_LENS = [512, 1024, 2048, 4096, 8192, 16384, 32768, 131072]
 QUICK = [(4096, 64), (32768, 1), (32768, 8), (131072, 1)]
 MAX_LAYERS, MIN_LAYERS = 24, 4
@@ -154,13 +158,46 @@ def run_case(case: Case, args: argparse.Namespace, copy_bandwidth: float) -> lis
         calls, len(layers), len(layers), args.replays, device=args.device
     )
     rows = []
+    if IN_LAYER in args.ops:
+        timings |= time_in_layer(wholes["decode"], baselines, layers, args)
     for name, timing in timings.items():
-        against = baselines if name in WHOLES and baselines else [None]
+        if name == IN_LAYER and "flash_attn_in_layer" in timings:
+            against = ["flash_attn_in_layer"]
+        else:
+            against = baselines if name in WHOLES and baselines else [None]
         for baseline in against:
             rows.append(
                 result_row(case, name, timing, timings, baseline, load, copy_bandwidth)
             )
     return rows
+
+
+def time_in_layer(
+    decode: Call,
+    baselines: dict[str, Baseline],
+    layers: Layers,
+    args: argparse.Namespace,
+) -> dict[str, Timing]:
+    """Times what attention adds to a layer's products, by the op's name."""
+    products = LayerProducts(layers.case.batch_size, args.device)
+    attend: dict[str, Call] = {IN_LAYER: decode}
+    if "flash_attn" in baselines:
+        attend["flash_attn_in_layer"] = baselines["flash_attn"]
+    calls: dict[str, Call] = {"products": lambda i: products(None)}
+    for name, call in attend.items():
+        calls[name] = lambda i, call=call: products(lambda: call(i))
+    timings = take_turns(
+        calls, len(layers), len(layers), args.replays, device=args.device
+    )
+    without = timings.pop("products")
+    return {
+        name: Timing(
+            timing.median_us - without.median_us,
+            timing.p10_us - without.median_us,
+            timing.p90_us - without.median_us,
+        )
+        for name, timing in timings.items()
+    }
 
 
 def run_index(
@@ -202,9 +239,9 @@ def result_row(
     copy_bandwidth: float,
 ) -> dict:
     """A row of the CSV file."""
-    is_sparse = op in OPS or op == "decode"
-    has_splits = op in WHOLES or op == "sparse_decode"
-    num_bytes = bytes_owed(op, case.shape, load)
+    is_sparse = op in OPS or op in ("decode", IN_LAYER)
+    has_splits = op in WHOLES or op in ("sparse_decode", IN_LAYER)
+    num_bytes = bytes_owed(op.removesuffix("_in_layer"), case.shape, load)
     row = {
         "model": case.shape.name,
         "op": op,
@@ -291,7 +328,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
     points = " ".join(f"{length}x{batch}" for length, batch in QUICK)
     add("--quick", action="store_true", help=f"only {points}")
-    every_op = [*OPS, *WHOLES, "index_pages"]
+    every_op = [*OPS, *WHOLES, IN_LAYER, "index_pages"]
     add("--ops", nargs="+", choices=every_op, default=every_op)
     add("--baselines", nargs="*", choices=list(BASELINES), default=list(BASELINES))
     add("--token-budget", type=int, default=ClusterKVConfig.token_budget)

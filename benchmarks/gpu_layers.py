@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 """KV caches of several layers as vLLM lays them out, filled and indexed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -287,6 +288,35 @@ class OpCalls:
             self.workspace,
             self.output,
         )
+
+
+class LayerProducts:
+    """The matrix products and norms of a Llama-3.1-8B layer, around its attention.
+
+    A kernel between them finds none of its instructions in the multiprocessors, as in a
+    model; one that runs again and again finds them all.
+    """
+
+    def __init__(self, batch_size: int, device: str):
+        def new(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
+
+        self.hidden = new(batch_size, 4096)
+        self.norm = new(4096)
+        self.qkv, self.out = new(4096, 6144), new(4096, 4096)
+        self.gate_up, self.down = new(4096, 2 * 14336), new(14336, 4096)
+
+    def __call__(self, attend: Callable[[], None] | None) -> None:
+        """Runs a layer, with its attention or without."""
+        self._norm(self.hidden) @ self.qkv
+        if attend is not None:
+            attend()
+        hidden = self._norm(self.hidden @ self.out + self.hidden)
+        gate, up = (hidden @ self.gate_up).chunk(2, dim=-1)
+        torch.nn.functional.silu(gate).mul_(up) @ self.down
+
+    def _norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(hidden, (4096,), self.norm)
 
 
 class IndexCall:
