@@ -27,10 +27,12 @@ up; *tile* ``t`` is clusters ``16 t`` to ``16 t + 15``. Entries beyond a row's i
 pages, and all of a dense row's, are neither read nor written. The last dimension of
 every tensor is dense. All tensors of a call are on one device.
 
-On CUDA devices, ``select_clusters`` and ``sparse_decode`` read everything but what the
-op before them wrote while that op still runs (programmatic dependent launch). So a
-kernel that writes a query, block table, length or page may come right before
-``score_clusters`` only.
+On CUDA devices, an op may start while the kernel before it ends (programmatic
+dependent launch), if that kernel lets it. ``score_clusters`` waits for all before it.
+``select_clusters`` reads early all but scores and ``tile_stats``, ``sparse_decode`` all
+but ``selected``. So ``sparse_decode`` must not come right behind ``score_clusters``, nor
+either of them right behind a kernel that lets the next one start early and writes what
+they read. Kernels of torch do not let it.
 
 A wrong device, shape, dtype or stride raises RuntimeError naming the argument, what
 was expected and what came.
@@ -231,7 +233,10 @@ def sparse_decode(
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
         scores: As ``select_clusters``; read with ``tail_estimate``, of all clusters
-            with tokens.
+            with tokens. Must be those of their mean keys: on CUDA, the means of all
+            clusters come in and those of the selected ones are taken out again, which
+            is exact as long as a selected cluster's mean does not outweigh its rows by
+            more than e^8 (it weighs less, but for the rounding of its key to 16 bits).
         selected: As ``select_clusters``.
         scale: Softmax scale.
         num_sink_tokens: Unclustered rows at the start of a request's first page.

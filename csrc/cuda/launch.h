@@ -103,7 +103,11 @@ class LaunchContext {
   template <typename... Params, typename... Args>
   void launch_pdl(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes,
                   Args... args) const {
-    launch_with(kernel, grid, block, smem_bytes, capability() >= 90, args...);
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+    // PTX of an older architecture, compiled when loaded, has no wait.
+    const bool waits = capability() >= 90 && attributes.ptxVersion >= 90;
+    launch_with(kernel, grid, block, smem_bytes, waits, args...);
   }
 
  private:

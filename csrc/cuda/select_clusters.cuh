@@ -474,8 +474,8 @@ __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParam
                                                        SelectShared& shared) {
   const SemanticPages& pages = p.pages;
   const int req = blockIdx.y, kv_head = blockIdx.x;
-  const int64_t seq_len = p.rows.seq_lens[req];
-  const bool dense = is_dense(seq_len, p.rows.min_sparse_lens[req]);
+  const int64_t seq_len = __ldcg(p.rows.seq_lens + req);
+  const bool dense = is_dense(seq_len, __ldcg(p.rows.min_sparse_lens + req));
   const int num_pages = dense ? 0 : static_cast<int>(num_indexed_pages(seq_len, pages.block_size));
   const int sinks = num_pages > 0 ? static_cast<int>(p.num_sink_tokens) : 0;
   const int clustered = num_pages * static_cast<int>(pages.block_size) - sinks;

@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   row.block_table = p.rows.block_table + req * p.rows.block_table_stride;
   row.scores = p.scores + first_head * p.max_clusters;
   row.selected = p.selected + (req * pages.num_kv_heads + kv_head) * p.max_clusters;
-  row.seq_len = p.rows.seq_lens[req];
+  row.seq_len = __ldcg(p.rows.seq_lens + req);
   row.num_pages = static_cast<int>(num_indexed_pages(row.seq_len, kPageRows));
   row.group = group;
 
@@ -452,7 +452,8 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   warp.g = warp.lane / 4;
   warp.j = warp.lane % 4;
   warp.stages = smem_address(smem) + threadIdx.x / 32 * Traits::kStages * Traits::kStageBytes;
-  const bool sparse = row.seq_len > 0 && !is_dense(row.seq_len, p.rows.min_sparse_lens[req]);
+  const bool sparse =
+      row.seq_len > 0 && !is_dense(row.seq_len, __ldcg(p.rows.min_sparse_lens + req));
   if (row.seq_len > 0) {
     warp.load_query(static_cast<const T*>(p.query) + req * p.query_row_stride +
                         kv_head * group * p.query_head_stride,

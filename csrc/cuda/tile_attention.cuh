@@ -69,6 +69,7 @@ struct DecodeWarp {
   uint32_t stages;  // this warp's, in shared memory
   int lane, g, j;
 
+  // Past the L1 cache: the block may run before its kernel's wait.
   __device__ void load_query(const T* heads, int64_t head_stride, int group) {
 #pragma unroll
     for (int t = 0; t < kHeadTiles; ++t) {
@@ -77,8 +78,8 @@ struct DecodeWarp {
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         const bool valid = head < group;
-        query[t][k][0] = valid ? *reinterpret_cast<const uint32_t*>(row + k * 16) : 0;
-        query[t][k][1] = valid ? *reinterpret_cast<const uint32_t*>(row + k * 16 + 8) : 0;
+        query[t][k][0] = valid ? __ldcg(reinterpret_cast<const uint32_t*>(row + k * 16)) : 0;
+        query[t][k][1] = valid ? __ldcg(reinterpret_cast<const uint32_t*>(row + k * 16 + 8)) : 0;
       }
     }
   }
@@ -162,8 +163,9 @@ struct DecodeWarp {
         max = fmaxf(ceilf(max), state.max[t][c]);
         const float origin = max == -INFINITY ? 0.0f : max;
         decay[c] = fast_exp2(state.max[t][c] - origin);
-        p[c] = sign * fast_exp2(logits[t][c] - (origin - kRaise));
-        p[c + 2] = sign * fast_exp2(logits[t][c + 2] - (origin - kRaise));
+        // In this order: origin - kRaise would round where logits are beyond 2^24.
+        p[c] = sign * fast_exp2(logits[t][c] - origin + kRaise);
+        p[c + 2] = sign * fast_exp2(logits[t][c + 2] - origin + kRaise);
         state.max[t][c] = max;
       }
       if (__any_sync(~0u, decay[0] != 1.0f || decay[1] != 1.0f)) {

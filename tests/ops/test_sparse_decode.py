@@ -220,6 +220,19 @@ def test_a_nan_key_stays_in_its_row_and_head(position, num_splits, device):
     assert_same_bits(output[1], clean[1])
 
 
+@pytest.mark.parametrize("element", [2048, 2560, 3072, 4096, 6000])
+def test_logits_beyond_the_integers_of_fp32(element, device):
+    """Equal keys weigh the same, whatever their logit: up to 4e8 in base 2 here."""
+    dtype = cases.finest_dtype(device)
+    inputs, scores, selected = prepare(cases.DecodeCase((40,), dtype, head_size=64))
+    inputs.query.fill_(element)
+    inputs.pages.kv_cache[..., :64] = element
+    values = inputs.pages.kv_cache[inputs.block_table[0, 0], :, :40, 64:]
+    actual = inputs.to(device).decode(ops, scores, selected).cpu().float()
+    mean = values.float().mean(1).repeat_interleave(inputs.query.shape[1] // 2, dim=0)
+    torch.testing.assert_close(actual[0], mean, rtol=2e-3, atol=2e-3)
+
+
 def test_unselected_rows_are_not_read(device):
     inputs, scores, selected = prepare(cases.DecodeCase((700,), num_kv_heads=1))
     clean = inputs.to(device).decode(ops, scores, selected)
