@@ -29,10 +29,11 @@ test-unit: setup ## the tests that need no model
 	$(BIN)/python -m pytest -m "not e2e"
 
 test-gpu: ## the GPU tests, with the vLLM for CUDA and plugin that $(PYTHON) has
-	@$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	@$(PYTHON) tools/check_gpu.py
 	$(PYTHON) -m pytest tests/ops tests/e2e_gpu
 
 sanitize-gpu: ## the ops under compute-sanitizer, with the plugin that $(PYTHON) has
+	@$(PYTHON) tools/check_gpu.py compute-sanitizer
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tools/sanitize_ops.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tools/sanitize_ops.py
 

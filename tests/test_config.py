@@ -117,7 +117,13 @@ def test_settings_must_be_a_mapping(settings):
 
 @pytest.mark.parametrize(
     "additional_config",
-    [{"token_budget": 512}, {"cluster_kv": {}}, {"ClusterKV": {}, "clusterkv": {}}],
+    [
+        {"token_budget": 512},
+        {"cluster_kv": {}},
+        {"ClusterKV": {}, "clusterkv": {}},
+        {"clusterk": {}},
+        {"clusterkv ": {}},
+    ],
 )
 def test_settings_beside_the_key_are_refused(additional_config):
     with pytest.raises(ValueError, match="must be under the key 'clusterkv'.* got the"):

@@ -3,6 +3,7 @@
 """Settings, from ``--additional-config '{"clusterkv": {...}}'``."""
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +102,9 @@ class ClusterKVConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in additional_config:
             # Other plugins' keys are theirs; these can only be meant for us.
-            is_misspelt = key.lower().replace("_", "").replace("-", "") == "clusterkv"
-            if key in known or (is_misspelt and key != "clusterkv"):
+            letters = "".join(c for c in str(key).lower() if c.isalnum())
+            is_like = difflib.SequenceMatcher(None, letters, "clusterkv").ratio() > 0.9
+            if key in known or (is_like and key != "clusterkv"):
                 raise ValueError(
                     "--additional-config: settings must be under the key 'clusterkv', "
                     f'as in {{"clusterkv": {{"token_budget": 1024}}}}, got the '
