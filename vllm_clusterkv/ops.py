@@ -30,9 +30,9 @@ every tensor is dense. All tensors of a call are on one device.
 On CUDA devices, an op may start while the kernel before it ends (programmatic
 dependent launch), if that kernel lets it; those of torch do not. ``score_clusters``
 waits for all before it. ``select_clusters`` reads early all but scores and
-``tile_stats``, ``sparse_decode`` all but ``selected``. So ``sparse_decode`` must not come
-right behind ``score_clusters``, nor either of them behind a kernel that lets the next
-one start early and writes what they read.
+``tile_stats``, ``sparse_decode`` all but ``selected``. So ``sparse_decode`` must not
+come right behind ``score_clusters``, nor either of them behind a kernel that lets the
+next one start early and writes what they read.
 
 A wrong device, shape, dtype or stride raises RuntimeError naming the argument, what
 was expected and what came.
