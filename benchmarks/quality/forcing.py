@@ -51,9 +51,14 @@ def let_traces_end() -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    InputProcessor._normalize_trace_replay_params = lambda self, params, num_tokens: (
-        None
-    )
+    def keep(self, params, num_tokens) -> None:
+        """Leaves ``max_tokens`` as it is."""
+
+    if not hasattr(InputProcessor, "_normalize_trace_replay_params"):
+        raise RuntimeError(
+            "this vLLM prepares traces otherwise: forcing.py must follow"
+        )
+    InputProcessor._normalize_trace_replay_params = keep  # type: ignore
 
 
 def forced_params(is_cuda: bool, forced: list[int], **params) -> SamplingParams:

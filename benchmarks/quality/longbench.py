@@ -61,9 +61,9 @@ TASKS = {
     "passage_retrieval_en": Task(
         "Here are 30 paragraphs from Wikipedia, along with an abstract. Please "
         "determine which paragraph the abstract is from.\n\n{context}\n\nThe following "
-        "is an abstract.\n\n{input}\n\nPlease enter the number of the paragraph that the "
-        'abstract is from. The answer format must be like "Paragraph 1", "Paragraph '
-        '2", etc.\n\nThe answer is: ',
+        "is an abstract.\n\n{input}\n\nPlease enter the number of the paragraph that "
+        'the abstract is from. The answer format must be like "Paragraph 1", '
+        '"Paragraph 2", etc.\n\nThe answer is: ',
         32,
         "retrieval",
     ),

@@ -198,8 +198,8 @@ def build_frequent_words(
     return Message(
         "Read the following coded text and track the frequency of each coded word. "
         f"Find the three most frequently appeared coded words. {' '.join(words)}\n"
-        "Question: Do not provide any explanation. Please ignore the dots '....'. What are the "
-        "three most frequently appeared words in the above coded text?",
+        "Question: Do not provide any explanation. Please ignore the dots '....'. What "
+        "are the three most frequently appeared words in the above coded text?",
         " Answer: According to the coded text above, the three most frequently "
         "appeared words are:",
         coded[1:4],
@@ -261,14 +261,15 @@ def make_sample(
 
 
 def hide_in_prose(pieces: list[str], needles: list[str], depths: list[float]) -> str:
-    """Puts needles between the sentences of a text.
+    """Puts needles between the sentences, or lines, of a text.
 
     Args:
         pieces: Words, each with the white space behind it.
         needles: Sentences.
         depths: Of each, a share of the text, ascending.
     """
-    ends = [0, *(i + 1 for i, p in enumerate(pieces) if p.rstrip().endswith("."))]
+    ends = [0]
+    ends += [i + 1 for i, p in enumerate(pieces) if p.endswith(". ") or "\n" in p]
     at = [
         max((end for end in ends if end <= depth * len(pieces)), default=0)
         for depth in depths

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""Settings, results on disk, and going on where a run was interrupted."""
+
+import csv
+import json
+from argparse import Namespace
+
+import pytest
+
+from benchmarks.quality import evaluate, plan, ruler
+from benchmarks.quality.evaluate import Evaluation
+from benchmarks.quality.results import Results, key_of, summarize, table, write_csv
+
+
+class Progress:
+    """Counts what tqdm would show."""
+
+    done = 0
+
+    def update(self) -> None:
+        self.done += 1
+
+    def set_description(self, text: str) -> None:
+        pass
+
+
+class Engine:
+    """Stands in for an engine: right when dense, else silent."""
+
+    started: list[str] = []
+    fail_after: int | None = None
+
+    def __init__(self, name, token_budget, options) -> None:
+        Engine.started.append(name)
+        self.name, self.facts, self.mean_attended = name, {}, 12.5
+
+    def generate(self, prompts, max_tokens):
+        if Engine.fail_after is not None:
+            if Engine.fail_after == 0:
+                raise RuntimeError("interrupted")
+            Engine.fail_after -= 1
+        answers = {tuple(s.prompt): s.answers for s in Engine.samples}
+        return [
+            Engine.tokenizer.encode(" ".join(answers[tuple(prompt)]))
+            if self.name == "dense"
+            else []
+            for prompt in prompts
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+def arguments(*words: str) -> Namespace:
+    args = plan.make_parser().parse_args(["--model", "m", *words])
+    plan.complete(args, 8192)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--suite", "tiny"], "--suite must be one of quick, full, got 'tiny'"),
+        (["--tasks", "niah"], "--tasks must be among niah_single_1, .* got 'niah'"),
+        (["--context-lens", "9000"], "--context-lens must be .* 8192, got 9000"),
+        (["--token-budgets", "0"], "--token-budgets must be at least 1, got 0"),
+        (["--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--depths", "2"], "--depths must be from 0 to 1, got 2"),
+        (["--settings", "[1]"], r"--settings must be a JSON object, got \[1\]"),
+        (["--methods", "clusterkv"], "--methods must be with dense for"),
+        (["--long-tokens", "5000"], "--long-tokens must be at most half"),
+        (["--methods", "dense", "no-such"], "--methods"),
+    ],
+)
+def test_bad_settings_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(*words)
+
+
+def test_suites():
+    args = arguments("--suite", "full")
+    assert args.context_lens == [4096, 8192]
+    assert args.tasks == list(plan.TASKS)
+    args = arguments("--tasks", "ruler", "--token-budgets", "512", "128")
+    assert args.tasks == list(ruler.TASKS)
+    assert plan.method_budgets(args)[:3] == [
+        ("dense", None),
+        ("clusterkv", 128),
+        ("clusterkv", 512),
+    ]
+
+
+def record(task: str, index: int, method: str, score: float) -> dict:
+    budget = None if method == "dense" else 256
+    return {
+        "key": key_of(task, 2048, index, method, budget),
+        "task": task,
+        "context_len": 2048,
+        "method": method,
+        "token_budget": budget,
+        "scores": {"score": score},
+        "attended": 300.0,
+    }
+
+
+def test_results_outlive_an_interruption(tmp_path):
+    results = Results(tmp_path, {"seed": 0})
+    results.add(record("vt", 0, "dense", 100))
+    results.add(record("vt", 1, "dense", 50))
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"key": "vt/2048/2/den')
+    again = Results(tmp_path, {"seed": 0})
+    assert len(again.records) == 2
+    assert key_of("vt", 2048, 1, "dense", None) in again
+    assert key_of("vt", 2048, 2, "dense", None) not in again
+    again.add(record("vt", 2, "dense", 0))
+    assert len(Results(tmp_path, {"seed": 0}).records) == 3
+    with pytest.raises(ValueError, match="seed = 0, now it is 1: give another folder"):
+        Results(tmp_path, {"seed": 1})
+
+
+def test_summary(tmp_path):
+    records = [
+        record("vt", 0, "clusterkv", 0),
+        record("vt", 1, "clusterkv", 100),
+        record("vt", 0, "dense", 100),
+        record("cwe", 0, "dense", 50),
+    ]
+    rows = summarize(records, "tiny")
+    [row] = [row for row in rows if row["method"] == "clusterkv"]
+    assert (row["score"], row["std_error"], row["samples"]) == (50, 50, 2)
+    assert row["attended"] == 300
+    write_csv(tmp_path / "quality.csv", rows)
+    with (tmp_path / "quality.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+    lines = table(rows, averaged=["vt", "cwe"]).splitlines()
+    assert lines[0].split() == ["task", "context", "dense", "clusterkv@256"]
+    # Of clusterkv one of the two tasks is missing.
+    assert lines[-1].split()[-2:] == ["75.0", "-"]
+
+
+def test_rerun_goes_on(tmp_path, monkeypatch, prompter, texts):
+    monkeypatch.setattr(evaluate, "VllmRunner", Engine)
+    Engine.started, Engine.fail_after = [], 1
+    args = arguments(
+        "--tasks", "niah_single_1", "vt", "--methods", "dense", "clusterkv", "--out",
+        str(tmp_path), "--samples", "2", "--batch-size", "2",
+    )  # fmt: skip
+    samples = evaluate.make_samples(args, prompter, texts)
+    Engine.samples, Engine.tokenizer = samples, prompter.tokenizer
+
+    def run() -> tuple[Results, int]:
+        results, progress = Results(tmp_path, {}), Progress()
+        evaluation = Evaluation(args, samples, prompter, results, progress)
+        expected = evaluation.count()
+        evaluation.run()
+        assert progress.done == expected
+        return results, expected
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run()
+    assert len(Results(tmp_path, {}).records) == 2
+    Engine.fail_after = None
+    results, num_new = run()
+    assert num_new == 6
+    assert Engine.started == ["dense", "dense", "clusterkv"]
+    rows = summarize(results.records, "m")
+    assert {(row["method"], row["score"]) for row in rows} == {
+        ("dense", 100),
+        ("clusterkv", 0),
+    }
+    # Nothing is left: no engine starts.
+    _, num_new = run()
+    assert num_new == 0
+    assert len(Engine.started) == 3
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 8
