@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
             evaluation.run()
         except (RuntimeError, ValueError) as error:
             raise SystemExit(f"error: {error}") from error
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted; the same command goes on") from None
         finally:
             _write(args, evaluation, results, time.perf_counter() - start)
     rows = summarize(results.records, Path(args.model).name)

@@ -82,6 +82,8 @@ def start(spec: EngineSpec, log: str) -> dict:
     os.dup2(file, 2)
     os.environ.update(_ENV)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+    # Read when torch is loaded. Threads that spin starve each other on shared cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from vllm import LLM
     from vllm.platforms import current_platform
 

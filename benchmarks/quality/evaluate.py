@@ -144,8 +144,10 @@ class Evaluation:
                     self._force(runner, batch[0], budget)
                 else:
                     self._answer(runner, name, batch, budget)
-        finally:
-            runner.close()
+        except BaseException:
+            runner.kill()
+            raise
+        runner.close()
 
     def _run_peers(self, pairs: list[tuple[str, int]]) -> None:
         wanted = [(pair, self._missing(*pair)) for pair in pairs]

@@ -167,7 +167,7 @@ class VllmRunner:
             future = self._pool.submit(function, *args, **kwargs)
             return future.result(self._options.timeout)
         except Exception as error:
-            self._kill()
+            self.kill()
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-30:])
             what = (
                 f"took more than {self._options.timeout:.0f} s (--timeout)"
@@ -181,7 +181,8 @@ class VllmRunner:
                 f"ends with\n{tail}"
             ) from error
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """Ends the process at once."""
         for process in list((self._pool._processes or {}).values()):
             process.kill()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -51,6 +51,8 @@ class Engine:
     def close(self) -> None:
         pass
 
+    kill = close
+
 
 def arguments(*words: str) -> Namespace:
     args = plan.make_parser().parse_args(["--model", "m", *words])
