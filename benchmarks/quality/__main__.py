@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         texts = load_texts(args.texts)
         prompter = Prompter(AutoTokenizer.from_pretrained(args.model))
         results = Results(args.out, _settings(args, texts))
+        print("making prompts", flush=True)
         samples = make_samples(args, prompter, texts)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
@@ -75,8 +76,8 @@ def _settings(args: argparse.Namespace, texts: Texts) -> dict:
     return {
         "model": Path(args.model).name,
         "seed": args.seed,
-        "samples_at_a_depth": args.samples if needle_grid.TASK in args.tasks else None,
-        "depths": args.depths if needle_grid.TASK in args.tasks else None,
+        "needle_samples": args.needle_samples,
+        "depths": args.depths,
         "max_answer_tokens": args.max_answer_tokens,
         "forced_tokens": args.forced_tokens,
         "long_tokens": args.long_tokens,

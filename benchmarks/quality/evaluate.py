@@ -44,7 +44,7 @@ def make_samples(
                     texts,
                     context_len,
                     args.depths,
-                    args.samples,
+                    args.needle_samples,
                     args.seed,
                     args.max_answer_tokens,
                 )
@@ -59,7 +59,7 @@ def make_samples(
                     teacher_forcing.make_sample(
                         task, prompter, texts, context_len, steps, index, args.seed
                     )
-                    for index in range(args.samples)
+                    for index in range(args.forced_samples)
                 ]
     if args.longbench:
         samples += longbench.make_samples(

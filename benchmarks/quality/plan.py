@@ -21,7 +21,9 @@ class Suite:
     Attributes:
         context_lens: None: powers of two from 4,096 to the model's limit.
         token_budgets: Of every method but dense.
-        samples: Of each task and context.
+        samples: Of each of RULER's and LongBench's tasks, and context.
+        needle_samples: Of each depth and context of the needle grid.
+        forced_samples: Of teacher forcing and long generation, and context.
         depths: Of the needle grid.
         max_answer_tokens: None: each task's own.
         forced_tokens: Decode steps of teacher forcing.
@@ -32,6 +34,8 @@ class Suite:
     context_lens: list[int] | None
     token_budgets: list[int]
     samples: int
+    needle_samples: int
+    forced_samples: int
     depths: list[float]
     max_answer_tokens: int | None
     forced_tokens: int
@@ -41,11 +45,13 @@ class Suite:
 
 SUITES = {
     # On two CPU cores in minutes, with a model of 135M parameters.
-    "quick": Suite([2048], [256], 1, [0.1, 0.5, 0.9], 40, 64, 128, 4),
+    "quick": Suite([2048], [256], 2, 2, 2, [0.1, 0.5, 0.9], 40, 64, 128, 4),
     "full": Suite(
         None,
         [256, 512, 1024, 2048],
         20,
+        3,
+        4,
         [i / 10 for i in range(11)],
         None,
         256,
@@ -75,7 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=["dense", "clusterkv", "clusterkv-notail"],
         help="these three run in vLLM (the default); others in hf_runner.py",
     )
-    add("--samples", type=int, help="of each task and context")
+    add("--samples", type=int, help="of each of RULER's and LongBench's tasks")
+    add("--needle-samples", type=int, help="of each depth of the needle grid")
+    add("--forced-samples", type=int, help="of teacher_forcing and long_generation")
     add("--depths", nargs="+", type=float, help="of the needle grid, 0 to 1")
     add("--max-answer-tokens", type=int, help="if less than the task's")
     add("--forced-tokens", type=int, help="decode steps of teacher_forcing")
@@ -129,6 +137,8 @@ def complete(args: argparse.Namespace, max_model_len: int) -> None:
             )
     for name, low in (
         ("samples", 1),
+        ("needle_samples", 1),
+        ("forced_samples", 1),
         ("max_answer_tokens", 1),
         ("forced_tokens", 1),
         ("long_tokens", 1),

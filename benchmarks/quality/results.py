@@ -114,6 +114,13 @@ def summarize(records: list[dict], model: str) -> list[dict]:
                 "attended": round(mean(attended), 1) if attended else "",
             }
         )
+        if task.endswith("/nll"):
+            perplexity = {
+                "task": task.removesuffix("nll") + "perplexity",
+                "score": round(math.exp(mean(values)), 4),
+                "std_error": "",
+            }
+            rows.append(rows[-1] | perplexity)
     return rows
 
 

@@ -40,6 +40,7 @@ def test_rows(out):
         "teacher_forcing/top_k_mass",
         "teacher_forcing/agreement",
         "teacher_forcing/nll",
+        "teacher_forcing/perplexity",
         "teacher_forcing/logprob_gap",
     }
     # Near dense attention, and not it.

@@ -4,6 +4,7 @@
 
 import csv
 import json
+import math
 from argparse import Namespace
 
 import pytest
@@ -140,6 +141,16 @@ def test_summary(tmp_path):
     assert lines[0].split() == ["task", "context", "dense", "clusterkv@256"]
     # Of clusterkv one of the two tasks is missing.
     assert lines[-1].split()[-2:] == ["75.0", "-"]
+
+
+def test_perplexity_is_of_the_mean_loss():
+    records = [record("teacher_forcing", index, "dense", 0) for index in range(2)]
+    for loss, found in zip((1.0, 3.0), records, strict=True):
+        found["scores"] = {"nll": loss}
+    loss, perplexity = summarize(records, "tiny")
+    assert (loss["task"], loss["score"]) == ("teacher_forcing/nll", 2)
+    assert perplexity["task"] == "teacher_forcing/perplexity"
+    assert perplexity["score"] == pytest.approx(math.exp(2), abs=1e-4)
 
 
 def test_rerun_goes_on(tmp_path, monkeypatch, prompter, texts):
