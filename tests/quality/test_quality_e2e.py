@@ -24,6 +24,7 @@ def out(model_path, tmp_path_factory):
             *("clusterkv", "--token-budgets", str(BUDGET), "--context-lens", "1024"),
             *("--tasks", "niah_single_1", "teacher_forcing", "--forced-tokens", "24"),
             *("--question-tokens", "12", "--max-answer-tokens", "12"),
+            *("--samples", "1", "--forced-samples", "1"),
         ]
     )
     return folder
