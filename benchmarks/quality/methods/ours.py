@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""The product: semantic pages (``vllm_clusterkv``), with and without the tail estimate.
+
+When a page of 256 tokens is full, each KV head's keys are clustered within it, 16
+tokens a cluster. Clusters of all full pages are ranked by the query heads' softmax
+weights a token and taken until the budget is reached.
+
+With the product's settings the clusters come from ``ops.index_pages``, the kernel that
+serving runs, and with others from ``kmeans.cluster_keys``, the same in PyTorch. The
+order is ``reference.rank_weights``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.quality.methods.groups import GroupedIndex, GroupedMethod
+from benchmarks.quality.methods.kmeans import INITS, cluster_keys
+from vllm_clusterkv import ops
+from vllm_clusterkv.page_layout import BLOCK_SIZE
+from vllm_clusterkv.requirements import CUDA_HEAD_SIZES, HEAD_SIZES
+
+_END_BYTES = 2
+"""Where a cluster ends in its page, an int16."""
+
+
+@dataclass(frozen=True)
+class Ours(GroupedMethod):
+    """Settings; the defaults are the product's.
+
+    Attributes:
+        tokens_per_cluster: Average tokens a cluster. Divides ``page_size``.
+        num_iters: Rounds of k-means.
+        init: Keys that start the clusters; one of ``kmeans.INITS``.
+    """
+
+    tail: bool = True
+    tokens_per_cluster: int = 16
+    num_iters: int = 8
+    init: str = "spaced"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        if self.page_size % self.tokens_per_cluster:
+            raise ValueError(
+                f"tokens_per_cluster must divide the page of {self.page_size} tokens, "
+                f"got {self.tokens_per_cluster}"
+            )
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters a page and KV head."""
+        return self.page_size // self.tokens_per_cluster
+
+    def index(self, scale: float) -> "OursIndex":
+        return OursIndex(self, scale)
+
+
+class OursIndex(GroupedIndex):
+    """Clusters of each full page before the last one."""
+
+    method: Ours
+
+    def _form_groups(self, keys, values) -> None:
+        method, start = self.method, self.labels.shape[1]
+        end = method.last_page_start(self.seq_len)
+        if end == start:
+            return
+        keys, values = keys[:, start:end], values[:, start:end]
+        # [num_kv_heads, num_pages, page_size, head_size]
+        pages = keys.unflatten(1, (-1, method.page_size))
+        sinks = method.num_sink_tokens if start == 0 else 0
+        labels = torch.full_like(pages[..., 0], -1, dtype=torch.int64)
+        # The sinks make the first page a shorter one.
+        labels[:, :1, sinks:] = label_pages(pages[:, :1, sinks:], method)
+        labels[:, 1:] = label_pages(pages[:, 1:], method)
+        page = torch.arange(pages.shape[1], device=keys.device)[:, None]
+        labels = torch.where(labels < 0, -1, labels + page * method.num_clusters)
+        num_groups = pages.shape[1] * method.num_clusters
+        self._append(keys, values, labels.flatten(1), num_groups)
+
+    def _index_bytes(self, num_groups, num_selected) -> float:
+        scanned = super()._index_bytes(num_groups, num_selected)
+        return scanned + _END_BYTES * num_groups
+
+
+def label_pages(pages: torch.Tensor, method: Ours) -> torch.Tensor:
+    """The cluster in its page of each row.
+
+    Args:
+        pages: [num_kv_heads, num_pages, num_rows, head_size], keys.
+        method: Settings.
+
+    Returns:
+        [num_kv_heads, num_pages, num_rows] int64.
+    """
+    if pages.shape[1] == 0:
+        return torch.empty_like(pages[..., 0], dtype=torch.int64)
+    if has_kernel(pages, method):
+        return _label_by_op(pages, method)
+    sets = pages.flatten(0, 1).float()
+    labels = cluster_keys(sets, method.num_clusters, method.num_iters, method.init)
+    return labels.unflatten(0, pages.shape[:2])
+
+
+def has_kernel(pages: torch.Tensor, method: Ours) -> bool:
+    """Whether ``ops.index_pages`` takes these pages with these settings."""
+    if pages.is_cuda:
+        head_sizes = CUDA_HEAD_SIZES if ops.HAS_CUDA_KERNELS else []
+        dtypes = [torch.bfloat16, torch.float16]
+    else:
+        head_sizes = HEAD_SIZES
+        dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    return (
+        method.init == "spaced"
+        and method.page_size <= BLOCK_SIZE
+        and method.num_clusters in (8, 16, 32)
+        and pages.shape[3] in head_sizes
+        and pages.dtype in dtypes
+    )
+
+
+def _label_by_op(pages, method: Ours) -> torch.Tensor:
+    num_kv_heads, num_pages, num_rows, head_size = pages.shape
+    num_clusters, device = method.num_clusters, pages.device
+    cache = pages.new_zeros((num_pages, num_kv_heads, num_rows, 2 * head_size))
+    cache[..., :head_size] = pages.transpose(0, 1)
+    # The op sorts rows with their values, which clustering does not look at: let the
+    # first element of the value say where the row was. 16 bits can tell 256 rows.
+    position = torch.arange(num_rows, device=device)
+    cache[..., head_size] = position.to(pages.dtype)
+    ends = torch.empty(
+        (num_pages, num_kv_heads, num_clusters), dtype=torch.int16, device=device
+    )
+    ops.index_pages(
+        cache,
+        pages.new_empty((num_pages, num_kv_heads, 2, num_clusters, head_size)),
+        ends,
+        torch.arange(num_pages, dtype=torch.int32, device=device),
+        torch.zeros(num_pages, dtype=torch.int32, device=device),
+        method.num_iters,
+    )
+    origins = cache[..., head_size].long()  # [num_pages, num_kv_heads, num_rows]
+    rows = position.expand(origins.shape).contiguous()
+    sorted_labels = torch.searchsorted(ends.long(), rows, right=True)
+    labels = torch.empty_like(origins).scatter(2, origins, sorted_labels)
+    return labels.transpose(0, 1)
