@@ -133,10 +133,10 @@ class HFModel:
         Raises:
             ValueError: Not all layers have full attention.
         """
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=_ATTENTION
         )
-        self.model.to(device).eval()
+        self.model = loaded.to(device).eval()
         config = self.model.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
