@@ -98,9 +98,11 @@ def test_capture_is_what_attention_was_given(model_path):
     assert layers[1].queries.shape == (2, 4, 32)
     assert layers[1].keys.shape == (2, 100, 32)
     shorter = fidelity.capture(model, ids, [60], [1])[1]
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(shorter.queries[0], layers[1].queries[0], **close)
-    torch.testing.assert_close(shorter.keys, layers[1].keys[:, :60], **close)
+    for actual, expected in (
+        (shorter.queries[0], layers[1].queries[0]),
+        (shorter.keys, layers[1].keys[:, :60]),
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert shorter.scale == pytest.approx(32**-0.5)
 
 
@@ -150,9 +152,12 @@ def test_a_run_and_how_it_goes_on(model_path, texts, tmp_path, capsys, monkeypat
     (out / "fidelity.jsonl").write_text(text[:-40])
     done = []
     measure = fidelity.measure
-    monkeypatch.setattr(
-        fidelity, "measure", lambda *args: done.append(args[1:3]) or measure(*args)
-    )
+
+    def noted(*args):
+        done.append(args[1:3])
+        return measure(*args)
+
+    monkeypatch.setattr(fidelity, "measure", noted)
     more = ("--methods", "quest", "full", "window")
     fidelity.main(arguments(model_path, texts, out, *more))
     assert len(done) == 1 + 2 * 2 and done[-1][1] == [32, 64]

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 """A tiny model with random weights, decoded with selections and without."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -51,7 +53,7 @@ def prompts(*lengths) -> list[list[int]]:
 def test_full_generates_what_transformers_does(model, path):
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     given = prompts(1, 20, 400, 513)
     answers = HFRunner(model, make_method("full"), 0).generate(given, 20)
     for prompt, answer in zip(given, answers, strict=True):

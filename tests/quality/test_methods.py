@@ -3,6 +3,7 @@
 """The methods of the quality evaluation choose what they should."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -33,10 +34,14 @@ def context(seq_len, num_kv_heads=2, group=3, head_size=64, seed=0):
     return query, keys, normal(num_kv_heads, seq_len, head_size)
 
 
-def select(spec, query, keys, values, token_budget):
+def index_of(spec, keys, values) -> Any:
     index = make_method(spec).index(SCALE)
     index.update(keys, values)
-    return index.select(query, token_budget)
+    return index
+
+
+def select(spec, query, keys, values, token_budget):
+    return index_of(spec, keys, values).select(query, token_budget)
 
 
 def mass_of(selection, query, keys):
@@ -114,7 +119,8 @@ def test_a_copy_grows_on_its_own(name):
 
 
 def test_window_takes_the_most_recent():
-    selection = select("window", *context(1000), 100)
+    query, keys, values = context(1000)
+    selection = select("window", query, keys, values, 100)
     chosen = selection.mask[0].nonzero()[:, 0].tolist()
     assert chosen == [*range(16), *range(668, 1000)]
 
@@ -135,15 +141,16 @@ def test_a_single_key_is_found(name):
 
 
 def test_small_pages_are_taken_whole():
+    query, keys, values = hidden_key(300)
     for name in ("quest", "page-mean", "page-mean-std"):
-        chosen = select(name, *hidden_key(300), 16).mask[0, 16:768].nonzero()[:, 0] + 16
+        mask = select(name, query, keys, values, 16).mask
+        chosen = mask[0, 16:768].nonzero()[:, 0] + 16
         assert chosen.tolist() == list(range(288, 304))
 
 
 def test_quest_is_a_bound():
     query, keys, values = context(1000)
-    index = make_method("quest").index(SCALE)
-    index.update(keys, values)
+    index = index_of("quest", keys, values)
     bound = index._scores(query.unflatten(0, (2, 3)))  # [2, 3, 48]
     highest = exact_logits(query, keys, SCALE)[..., :768].unflatten(2, (48, 16)).amax(3)
     assert (bound >= highest - 1e-4).all()
@@ -152,18 +159,15 @@ def test_quest_is_a_bound():
 def test_page_mean_std_of_equal_keys_is_page_mean():
     query, keys, values = context(1000)
     keys = keys[:, torch.arange(1000) // 16 * 16]
-    deviations = make_method("page-mean-std").index(SCALE)
-    means = make_method("page-mean").index(SCALE)
+    deviations = index_of("page-mean-std", keys, values)
+    means = index_of("page-mean", keys, values)
     grouped = query.unflatten(0, (2, 3))
-    for index in (deviations, means):
-        index.update(keys, values)
     torch.testing.assert_close(deviations._scores(grouped), means._scores(grouped))
 
 
 def test_clusterkv_clusters_windows_of_generated_tokens():
     query, keys, values = context(2000)
-    index = make_method("clusterkv-published").index(SCALE)
-    index.update(keys[:, :976], values[:, :976])
+    index = index_of("clusterkv-published", keys[:, :976], values[:, :976])
     assert index.mean_keys.shape[1] == 960 // 80
     index.update(keys[:, :1295], values[:, :1295])
     assert index.labels.shape[1] == 976  # 319 wait, and are attended to
@@ -254,12 +258,10 @@ def test_ours_is_the_product(name, tokens_per_cluster):
 
 def test_ours_clusters_alike_with_and_without_the_op(monkeypatch):
     query, keys, values = context(1300)
-    expected = make_method("ours").index(SCALE)
-    expected.update(keys, values)
+    expected = index_of("ours", keys, values)
     monkeypatch.setattr(ops, "index_pages", None)
     monkeypatch.setattr("benchmarks.quality.methods.ours.has_kernel", lambda *_: False)
-    actual = make_method("ours").index(SCALE)
-    actual.update(keys, values)
+    actual = index_of("ours", keys, values)
     assert torch.equal(actual.labels, expected.labels)
 
 
@@ -309,7 +311,7 @@ def test_bytes_moved():
 
 
 def test_settings_from_text():
-    method = make_method("ours-tail:page_size=512,vote=max,tail=false")
+    method: Any = make_method("ours-tail:page_size=512,vote=max,tail=false")
     assert (method.page_size, method.vote, method.tail) == (512, "max", False)
     for wrong, message in {
         "best": "method must be one of",
