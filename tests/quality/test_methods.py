@@ -276,6 +276,13 @@ def test_k_means_finds_clusters_that_are_there(init):
         assert len(labels[found == cluster].unique()) == 1
 
 
+def test_a_key_unlike_the_others_starts_a_cluster():
+    keys = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)) + 2
+    keys[100] *= -1
+    labels = kmeans.cluster_keys(keys[None], 16, 8, "farthest")[0]
+    assert (labels == labels[100]).sum() == 1
+
+
 def test_k_means_is_the_references():
     keys = torch.randn(5, 240, 64, generator=torch.Generator().manual_seed(0))
     actual = kmeans.cluster_keys(keys, 16, 4)
