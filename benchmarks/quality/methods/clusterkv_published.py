@@ -9,10 +9,10 @@ own. Clusters are ranked by query . mean key; the last one taken is cut where th
 ends, in the order of its tokens.
 
 Three differences, so that all methods compare. As published each query head has a
-selection of its own; here those of a KV head share one by the same vote as the
-product's (``vote="max"`` and ``"mean"`` did no better when measured). The last page is always attended to, also right after the prompt;
-its tokens are in clusters, but do not count there. The dense first two layers are left
-to whoever runs the layers.
+selection of its own; here those of a KV head share one, by the same vote as the
+product's (``vote="max"`` measured worse, ``"mean"`` alike). The last page is always
+attended to, also right after the prompt; its tokens are in clusters, but do not count
+there. The dense first two layers are left to whoever runs the layers.
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,8 @@ the page has a larger logit than ``sum_d max(q_d min_d, q_d max_d)``.
 
 As published, every query head has a KV head of its own and ranks pages by that bound.
 Adapted to GQA here: the query heads of a KV head share a selection by the same vote as
-the product's, with the bound as the logit of every token of the page. The largest and
-the mean bound (``vote="max"``, ``"mean"``) did no better when measured.
+the product's, with the bound as the logit of every token of the page (the largest of
+the bounds, ``vote="max"``, measured worse, their mean alike).
 The paper's two dense first layers are left to whoever runs the layers.
 """
 
