@@ -73,10 +73,8 @@ class OursIndex(GroupedIndex):
         # [num_kv_heads, num_pages, page_size, head_size]
         pages = keys.unflatten(1, (-1, method.page_size))
         sinks = method.num_sink_tokens if start == 0 else 0
-        labels = torch.full_like(pages[..., 0], -1, dtype=torch.int64)
-        # The sinks make the first page a shorter one.
-        labels[:, :1, sinks:] = label_pages(pages[:, :1, sinks:], method)
-        labels[:, 1:] = label_pages(pages[:, 1:], method)
+        label_pages = label_by_op if has_kernel(pages, method) else label_in_torch
+        labels = label_pages(pages, method, sinks)
         page = torch.arange(pages.shape[1], device=keys.device)[:, None]
         labels = torch.where(labels < 0, -1, labels + page * method.num_clusters)
         num_groups = pages.shape[1] * method.num_clusters
@@ -85,25 +83,6 @@ class OursIndex(GroupedIndex):
     def _index_bytes(self, num_groups, num_selected) -> float:
         scanned = super()._index_bytes(num_groups, num_selected)
         return scanned + _END_BYTES * num_groups
-
-
-def label_pages(pages: torch.Tensor, method: Ours) -> torch.Tensor:
-    """The cluster in its page of each row.
-
-    Args:
-        pages: [num_kv_heads, num_pages, num_rows, head_size], keys.
-        method: Settings.
-
-    Returns:
-        [num_kv_heads, num_pages, num_rows] int64.
-    """
-    if pages.shape[1] == 0:
-        return torch.empty_like(pages[..., 0], dtype=torch.int64)
-    if has_kernel(pages, method):
-        return _label_by_op(pages, method)
-    sets = pages.flatten(0, 1).float()
-    labels = cluster_keys(sets, method.num_clusters, method.num_iters, method.init)
-    return labels.unflatten(0, pages.shape[:2])
 
 
 def has_kernel(pages: torch.Tensor, method: Ours) -> bool:
@@ -123,7 +102,17 @@ def has_kernel(pages: torch.Tensor, method: Ours) -> bool:
     )
 
 
-def _label_by_op(pages, method: Ours) -> torch.Tensor:
+def label_by_op(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tensor:
+    """The cluster in its page of each row, by the product's kernel.
+
+    Args:
+        pages: [num_kv_heads, num_pages, page_size, head_size], keys.
+        method: Settings.
+        num_sinks: Rows at the start of the first page that are in no cluster.
+
+    Returns:
+        [num_kv_heads, num_pages, page_size] int64; -1 for the sinks.
+    """
     num_kv_heads, num_pages, num_rows, head_size = pages.shape
     num_clusters, device = method.num_clusters, pages.device
     cache = pages.new_zeros((num_pages, num_kv_heads, num_rows, 2 * head_size))
@@ -135,16 +124,35 @@ def _label_by_op(pages, method: Ours) -> torch.Tensor:
     ends = torch.empty(
         (num_pages, num_kv_heads, num_clusters), dtype=torch.int16, device=device
     )
+    sinks = torch.zeros(num_pages, dtype=torch.int32, device=device)
+    sinks[0] = num_sinks
     ops.index_pages(
         cache,
         pages.new_empty((num_pages, num_kv_heads, 2, num_clusters, head_size)),
         ends,
         torch.arange(num_pages, dtype=torch.int32, device=device),
-        torch.zeros(num_pages, dtype=torch.int32, device=device),
+        sinks,
         method.num_iters,
     )
-    origins = cache[..., head_size].long()  # [num_pages, num_kv_heads, num_rows]
+    origins = cache[..., head_size].long()  # [num_pages, num_kv_heads, page_size]
     rows = position.expand(origins.shape).contiguous()
     sorted_labels = torch.searchsorted(ends.long(), rows, right=True)
     labels = torch.empty_like(origins).scatter(2, origins, sorted_labels)
+    labels[0, :, :num_sinks] = -1
     return labels.transpose(0, 1)
+
+
+def label_in_torch(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tensor:
+    """As ``label_by_op``, for all settings and devices."""
+    labels = torch.full_like(pages[..., 0], -1, dtype=torch.int64)
+
+    def label(part):
+        sets = part.flatten(0, 1).float()
+        found = cluster_keys(sets, method.num_clusters, method.num_iters, method.init)
+        return found.unflatten(0, part.shape[:2])
+
+    # The sinks make the first page a shorter one.
+    labels[:, :1, num_sinks:] = label(pages[:, :1, num_sinks:])
+    if pages.shape[1] > 1:
+        labels[:, 1:] = label(pages[:, 1:])
+    return labels
