@@ -20,7 +20,7 @@ import json
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -175,9 +175,10 @@ class Results:
         if note.exists():
             old = json.loads(note.read_text(encoding="utf-8"))
             if old != settings:
+                other = [name for name in settings if old.get(name) != settings[name]]
                 raise ValueError(
-                    f"{note} must have this run's settings {settings}, got {old}; "
-                    "choose another --out"
+                    f"{note} must have this run's settings, but differs in "
+                    f"{', '.join(other)}; choose another --out"
                 )
         note.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         self.rows: list[dict[str, Any]] = []
@@ -371,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments.parse_args(argv)
     is_stdlib = args.texts == Path(sysconfig.get_path("stdlib"))
     version = sysconfig.get_python_version()
-    settings = {
+    settings: dict[str, Any] = {
         "model": Path(args.model).name,
         "text": f"Python {version} standard library" if is_stdlib else args.texts.name,
         "num_texts": args.num_texts,
@@ -380,6 +381,9 @@ def main(argv: list[str] | None = None) -> None:
         "every_nth_layer": args.every_nth_layer,
         "dtype": args.dtype,
     }
+    described = ", ".join(f"{name} {value}" for name, value in settings.items())
+    # A line's method means what it meant: with other defaults a run does not go on.
+    settings["defaults"] = {name: asdict(make_method(name)) for name in METHODS}
     try:
         specs = method_specs(args.methods, args.sweep, args.sweep_base)
         results = Results(args.out, settings)
@@ -387,7 +391,6 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         arguments.error(str(error))
     results.write_csv()
-    described = ", ".join(f"{name} {value}" for name, value in settings.items())
     print(f"{described}\n\n{table(results.rows)}")
 
 
