@@ -128,3 +128,14 @@ def test_prefill_is_computed_once_and_not_changed(model):
     model._prefill_bytes = 0
     model.prefill(other)
     assert model.prefill(prompt) is not first
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_16_bits(path, name):
+    [prompt, continuation] = prompts(700, 4)
+    narrow = HFModel(path, dtype=torch.bfloat16)
+    wide = HFModel(path)
+    method = make_method(name)
+    actual = HFRunner(narrow, method, 600).score(prompt, continuation)
+    expected = HFRunner(wide, method, 600).score(prompt, continuation)
+    assert actual == pytest.approx(expected, abs=1.0)
