@@ -16,15 +16,15 @@ namespace clusterkv::cuda {
 
 constexpr int kScoreWarps = 4;
 
-// Scores clusters [begin, end) of a row and KV head; `begin` is a multiple of 16. Tiles
-// of 16 are dealt to `num_workers` warps, of which this one is `worker`.
+// Scores the `end` clusters of a row and KV head. Tiles of 16 are dealt to `num_workers`
+// warps, of which this one is `worker`.
 template <typename T, int kHeadSize, int kHeadTiles>
-__device__ __forceinline__ void score_range(const ScoreClustersParams& p, int req, int kv_head,
-                                            int begin, int end, int worker, int num_workers) {
+__device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req, int kv_head,
+                                          int end, int worker, int num_workers) {
   constexpr int kSegments = kHeadSize / 32;
   const SemanticPages& pages = p.pages;
   const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-  const int first = begin + worker * 16, step = num_workers * 16;
+  const int first = worker * 16, step = num_workers * 16;
   if (first >= end) return;
 
   const int log_clusters = 31 - __clz(static_cast<int>(pages.num_clusters));
@@ -147,9 +147,9 @@ __global__ void __launch_bounds__(kScoreWarps * 32)
   wait_for_previous_kernel();
   start_next_kernel();
   const int num_clusters = num_row_clusters(p.pages, p.rows, blockIdx.z);
-  score_range<T, kHeadSize, kHeadTiles>(p, blockIdx.z, blockIdx.y, 0, num_clusters,
-                                        blockIdx.x * kScoreWarps + threadIdx.x / 32,
-                                        gridDim.x * kScoreWarps);
+  score_row<T, kHeadSize, kHeadTiles>(p, blockIdx.z, blockIdx.y, num_clusters,
+                                      blockIdx.x * kScoreWarps + threadIdx.x / 32,
+                                      gridDim.x * kScoreWarps);
 }
 
 }  // namespace clusterkv::cuda
