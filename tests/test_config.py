@@ -22,7 +22,7 @@ def test_defaults(additional_config):
     assert dataclasses.asdict(config) == {
         "token_budget": 1024,
         "tokens_per_cluster": 16,
-        "num_iters": 8,
+        "num_iters": 4,
         "num_sink_tokens": 16,
         "tail_estimate": True,
         "min_sparse_len": None,

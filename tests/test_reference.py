@@ -155,13 +155,26 @@ def test_batched_clustering_agrees(num_iters):
 
 
 def test_keys_join_the_nearest_direction():
-    """Sixteen orthogonal directions, each seeded once, lengths from 1 to 100."""
+    """Sixteen orthogonal directions, lengths from 1 to 100: clusters in the order in
+    which directions come, since ties go to the lowest row."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(16, (256,), generator=generator)
-    labels[8::16] = torch.arange(16)  # the evenly spaced keys that start the clusters
+    labels[torch.arange(16) ** 2] = torch.arange(16)
+    labels = labels.where(labels <= torch.arange(256).sqrt(), 0)
     lengths = 1 + 99 * torch.rand(256, 1, generator=generator)
     keys = lengths * torch.eye(64)[labels]
     assert torch.equal(reference.cluster_keys(keys, 16, num_iters=8), labels)
+
+
+def test_clusters_start_at_keys_far_from_each_other():
+    directions = F.normalize(
+        torch.tensor([[0.0, 1], [0, 0], [1, 9], [-1, -5], [1, 1], [0, 3]]), dim=1
+    )
+    keys = directions * torch.tensor([1.0, 1, 2, 3, 4, 5])[:, None]
+    # From up: down, the diagonal, and the nearer of the neighbours.
+    assert reference.spread_rows(keys, 4).tolist() == [0, 3, 4, 2]
+    assert reference.spread_rows(keys[:2], 4).tolist() == [0, 0, 0, 0]
+    assert reference.spread_rows(keys[1:3], 4).tolist() == [0, 1, 1, 1]
 
 
 def test_more_rounds_make_tighter_clusters():

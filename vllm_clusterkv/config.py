@@ -34,7 +34,7 @@ class ClusterKVConfig:
 
     token_budget: int = 1024
     tokens_per_cluster: int = 16
-    num_iters: int = 8
+    num_iters: int = 4
     num_sink_tokens: int = 16
     tail_estimate: bool = True
     min_sparse_len: int | None = None

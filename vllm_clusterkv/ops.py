@@ -76,12 +76,14 @@ def index_pages(
 ) -> None:
     """Clusters, sorts and summarises complete pages, in place.
 
-    Per page and KV head: spherical k-means of the keys. Evenly spaced keys start
-    the clusters; ``num_iters`` rounds assign each key to the centroid of the
-    largest cosine (ties to the lowest cluster) and move each centroid to the mean
-    of its unnormalised keys (an empty cluster stays). The rows are then sorted by
-    cluster, keeping their order within it; means of K and V and the cluster ends
-    are stored. An empty cluster has zero means.
+    Per page and KV head: spherical k-means of the keys. Keys far from each other
+    start the clusters: the page's first, then again and again the key whose largest
+    cosine to those chosen is least (ties to the lowest row; a key of no length is
+    not chosen). ``num_iters`` rounds assign each key to the centroid of the largest
+    cosine (ties to the lowest cluster) and move each centroid to the mean of its
+    unnormalised keys (an empty cluster stays). The rows are then sorted by cluster,
+    keeping their order within it; means of K and V and the cluster ends are stored.
+    An empty cluster has zero means.
 
     Attention over a set of past tokens does not depend on their order, so sorting
     a page changes no result. Deterministic.
@@ -96,8 +98,8 @@ def index_pages(
             page, 0 in any other.
         num_iters: Rounds, at least 1.
 
-    Source: ClusterKV (arXiv 2412.03213), its distance and centroids; clustering
-    within a page is this work.
+    Source: ClusterKV (arXiv 2412.03213), its distance and centroids; the first keys
+    by Gonzalez's farthest-first traversal; clustering within a page is this work.
     """
     torch.ops.clusterkv.index_pages.default(
         kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters

@@ -36,10 +36,8 @@ def index_pages(
 
 def cluster_keys(keys, num_clusters, num_iters) -> torch.Tensor:
     """Labels of spherical k-means: [num_rows, head_size] fp32 -> [num_rows] int64."""
-    num_rows = keys.shape[0]
-    first = (2 * torch.arange(num_clusters) + 1) * num_rows // (2 * num_clusters)
-    means = keys[first.to(keys.device)]  # [num_clusters, head_size]
-    labels = torch.zeros(num_rows, dtype=torch.int64, device=keys.device)
+    means = keys[spread_rows(keys, num_clusters)]  # [num_clusters, head_size]
+    labels = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
     for _ in range(num_iters):
         norms = means.norm(dim=1, keepdim=True)
         directions = torch.where(norms > 0, means / norms, 0)
@@ -51,6 +49,24 @@ def cluster_keys(keys, num_clusters, num_iters) -> torch.Tensor:
             ]
         )
     return labels
+
+
+def spread_rows(keys, num_clusters) -> torch.Tensor:
+    """Rows far from each other: the first, then again and again the one whose largest
+    cosine to those chosen is least, ties to the lowest.
+
+    [..., num_rows, head_size] fp32 -> [..., num_clusters] int64. A key of no length
+    has no direction, and is chosen only if it is the first.
+    """
+    norms = keys.norm(dim=-1, keepdim=True)
+    directions = torch.where(norms > 0, keys / norms, 0)
+    rows = [torch.zeros(keys.shape[:-2], dtype=torch.int64, device=keys.device)]
+    nearest = torch.where(norms[..., 0] > 0, float("-inf"), float("inf"))
+    for _ in range(num_clusters - 1):
+        chosen = directions.take_along_dim(rows[-1][..., None, None], -2)
+        nearest = torch.maximum(nearest, (directions @ chosen.mT)[..., 0])
+        rows.append(first_argmax(-nearest))
+    return torch.stack(rows, -1)
 
 
 def first_argmax(similarity) -> torch.Tensor:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "../checks.h"
@@ -27,6 +28,9 @@ struct Scratch {
   std::vector<float> directions;   // [head_size, num_clusters], centroids / their norms
   std::vector<float> values;       // [num_clusters, head_size], means of V
   std::vector<float> value;        // [head_size]
+  std::vector<float> inverses;     // [padded_rows], 1 / norms of the keys
+  std::vector<float> cosines;      // [padded_rows], of one key to all
+  std::vector<float> nearest;      // [padded_rows], largest cosine to a chosen key
   std::vector<int32_t> labels;     // [padded_rows]
   std::vector<int32_t> counts;     // [num_clusters]
 };
@@ -113,6 +117,45 @@ void normalise(Scratch& s, int64_t head_size, int64_t num_clusters) {
   }
 }
 
+// Keys far from each other start the clusters: the first, then always the one whose
+// largest cosine to those chosen is least. Keys of rare directions, which a few tokens
+// have and which a mean among others hides, thus get clusters of their own.
+void seed(Scratch& s, int64_t head_size, int64_t num_clusters) {
+  s.inverses.assign(s.padded_rows, 0.0f);
+  s.nearest.assign(s.padded_rows, -std::numeric_limits<float>::infinity());
+  s.cosines.resize(s.padded_rows);
+  for (int64_t row = 0; row < s.num_rows; ++row) {
+    const float* key = s.keys.data() + row * head_size;
+    const float norm = std::sqrt(dot(key, key, head_size));
+    s.inverses[row] = norm > 0.0f ? 1.0f / norm : 0.0f;
+  }
+  int64_t chosen = 0;
+  for (int64_t c = 0;; ++c) {
+    const float* key = s.keys.data() + chosen * head_size;
+    std::copy_n(key, head_size, s.centroids.data() + c * head_size);
+    if (c + 1 == num_clusters) return;
+    std::fill(s.cosines.begin(), s.cosines.end(), 0.0f);
+    for (int64_t d = 0; d < head_size; ++d) {
+      const float* by_dim = s.keys_by_dim.data() + d * s.padded_rows;
+      float* cosines = s.cosines.data();
+      const float x = key[d] * s.inverses[chosen];
+#pragma omp simd
+      for (int64_t row = 0; row < s.padded_rows; ++row) cosines[row] += x * by_dim[row];
+    }
+    // Keys without a direction (zero, not finite) are not chosen.
+    float least = std::numeric_limits<float>::infinity();
+    for (int64_t row = 0; row < s.num_rows; ++row) {
+      const float cosine = s.cosines[row] * s.inverses[row];
+      float& nearest = s.nearest[row];
+      if (cosine > nearest) nearest = cosine;
+      if (s.inverses[row] > 0.0f && nearest < least) {
+        least = nearest;
+        chosen = row;
+      }
+    }
+  }
+}
+
 template <typename T>
 void load_keys(const T* rows, int64_t row_stride, int64_t head_size, Scratch& s) {
   s.keys.resize(s.num_rows * head_size);
@@ -135,11 +178,7 @@ void cluster_keys(int64_t head_size, int64_t num_iters, Scratch& s) {
   s.directions.resize(head_size * kNumClusters);
   s.labels.assign(s.padded_rows, 0);
   s.counts.resize(kNumClusters);
-  // Evenly spaced keys start the clusters: deterministic, and neighbours are alike.
-  for (int64_t c = 0; c < kNumClusters; ++c) {
-    const int64_t row = (2 * c + 1) * s.num_rows / (2 * kNumClusters);
-    std::copy_n(s.keys.data() + row * head_size, head_size, s.centroids.data() + c * head_size);
-  }
+  seed(s, head_size, kNumClusters);
   for (int64_t iter = 0; iter < num_iters; ++iter) {
     normalise(s, head_size, kNumClusters);
     const bool changed = assign<kNumClusters>(s, head_size);

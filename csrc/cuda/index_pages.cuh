@@ -184,29 +184,130 @@ class PageIndexer {
     }
   }
 
-  // Evenly spaced keys start the clusters.
+  // Keys far from each other start the clusters: the first, then always the one whose
+  // largest cosine to those chosen is least, ties to the lowest row. Similarities to the
+  // key chosen last are a tensor core product whose 8 columns are all that key.
   __device__ void seed() {
+    // A lane's row among those of which it gets products, as assign leaves it with.
+    const int own_row = 32 * warp_ + 16 * (quad_ / 2) + 8 * (quad_ % 2) + group_;
+    // Until the means are there, their room has the inverse norms of the keys.
+    float* const inverses = reinterpret_cast<float*>(s_.means[0]);
+    static_assert(sizeof(s_.means[0]) >= kPageRows * sizeof(float));
+    // Of each warp the least `nearest`, as an ordered integer, and its row; in turns.
+    uint2* const least = reinterpret_cast<uint2*>(s_.squares);
+    static_assert(sizeof(s_.squares) >= 2 * kPageWarps * sizeof(uint2));
+
+    float square = 0.0f;
 #pragma unroll 1
     for (int slab = 0; slab < kNumSlabs; ++slab) {
       hold(0, slab);
+#pragma unroll 4
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        square += square_of(s_.rows[chunk_at(own_row, chunk)]);
+      }
+    }
+    const float inverse = square > 0.0f ? rsqrtf(square) : 0.0f;
+    inverses[own_row] = inverse;
+    __syncthreads();
+
+    int chosen = num_sinks_;
+    float nearest = -INFINITY;
+#pragma unroll 1
+    for (int c = 1; c < kNumClusters; ++c) {
+      if (threadIdx.x == 0) s_.order[c - 1] = static_cast<uint8_t>(chosen);
+      const float cosine = dot_with(chosen) * inverse * inverses[chosen];
+      nearest = fmaxf(nearest, cosine);  // of a number and none, the number
+      // Keys without a direction (zero, not finite) are not chosen.
+      const bool is_open = own_row >= num_sinks_ && inverse > 0.0f;
+      uint32_t least_here = is_open ? ordered(nearest) : UINT32_MAX;
+      uint32_t row_here = own_row;
+      reduce_least(least_here, row_here);
+      if (lane_ == 0) least[c % 2 * kPageWarps + warp_] = make_uint2(least_here, row_here);
+      __syncthreads();
+      const uint2 of_warp = least[c % 2 * kPageWarps + lane_ % kPageWarps];
+      uint32_t least_of_all = of_warp.x, row_of_all = of_warp.y;
+      reduce_least(least_of_all, row_of_all);
+      if (least_of_all != UINT32_MAX) chosen = row_of_all;
+    }
+    if (threadIdx.x == 0) s_.order[kNumClusters - 1] = static_cast<uint8_t>(chosen);
+    __syncthreads();
+    start_at_order();
+  }
+
+  static __device__ __forceinline__ float square_of(const uint4& chunk) {
+    float square = 0.0f;
+    for (const uint32_t both : {chunk.x, chunk.y, chunk.z, chunk.w}) {
+      const float2 x = unpack(both, T());
+      square += x.x * x.x + x.y * x.y;
+    }
+    return square;
+  }
+
+  // The product of this lane's row (of seed) with row `chosen`.
+  __device__ __forceinline__ float dot_with(int chosen) {
+    float dots[2][4] = {};
+    const int lane = recomputed(lane_);
+    const int first = kNumSlabs > 1 ? held_ : 0;
+#pragma unroll 1
+    for (int i = 0; i < kNumSlabs; ++i) {
+      const int slab = first ^ i;
+      if constexpr (kNumSlabs > 1) hold(0, slab);
+#pragma unroll
+      for (int k = 0; k < kChunks; k += 2) {
+        const uint32_t* low = words(s_.rows[chunk_at(chosen, k)]);
+        const uint32_t* high = words(s_.rows[chunk_at(chosen, k + 1)]);
+        const uint32_t columns[2] = {low[quad_], high[quad_]};
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          uint32_t keys[4];
+          const int row = 32 * warp_ + 16 * t + lane % 16;
+          ldmatrix_x4(keys, address(s_.rows[chunk_at(row, k + lane / 16)]));
+          mma_m16n8k16<T>(dots[t], keys, columns[0], columns[1]);
+        }
+      }
+    }
+    const float upper = quad_ % 2 ? dots[1][2] : dots[1][0];
+    const float lower = quad_ % 2 ? dots[0][2] : dots[0][0];
+    return quad_ / 2 ? upper : lower;
+  }
+
+  static __device__ __forceinline__ const uint32_t* words(const uint4& chunk) {
+    return reinterpret_cast<const uint32_t*>(&chunk);
+  }
+
+  // An integer in the same order.
+  static __device__ __forceinline__ uint32_t ordered(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
+
+  // The warp's least value, and the lowest row that has it.
+  static __device__ __forceinline__ void reduce_least(uint32_t& value, uint32_t& row) {
+    const uint32_t least = __reduce_min_sync(kAllLanes, value);
+    row = __reduce_min_sync(kAllLanes, value == least ? row : UINT32_MAX);
+    value = least;
+  }
+
+  // Puts the first means where the rows in s_.order are.
+  __device__ __forceinline__ void start_at_order() {
+    const int first = kNumSlabs > 1 ? held_ : 0;
+#pragma unroll 1
+    for (int i = 0; i < kNumSlabs; ++i) {
+      const int slab = first ^ i;
+      hold(0, slab);
       for (int c = warp_; c < kNumClusters; c += kPageWarps) {
-        const int num_rows = kPageRows - num_sinks_;
-        const int row = num_sinks_ + (2 * c + 1) * num_rows / (2 * kNumClusters);
         float square = 0.0f;
         if (lane_ < kChunks) {
-          const uint4 chunk = s_.rows[chunk_at(row, lane_)];
+          const uint4 chunk = s_.rows[chunk_at(s_.order[c], lane_)];
           s_.means[slab][chunk_at(c, lane_)] = chunk;
           s_.means[slab][chunk_at(kNumClusters + c, lane_)] = make_uint4(0, 0, 0, 0);
-          for (const uint32_t both : {chunk.x, chunk.y, chunk.z, chunk.w}) {
-            const float2 x = unpack(both, T());
-            square += x.x * x.x + x.y * x.y;
-          }
+          square = square_of(chunk);
         }
 #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) {
           square += __shfl_xor_sync(kAllLanes, square, distance);
         }
-        if (lane_ >= slab && lane_ < kPageWarps) {
+        if (lane_ < kPageWarps && (i == 0 || lane_ == slab)) {
           s_.squares[c][lane_] = lane_ == slab ? square : 0.0f;
         }
       }

@@ -18,6 +18,7 @@ from tests.support.inputs import UNTOUCHED
 from tests.support.random_cases import draw_case, make_random_inputs
 from vllm_clusterkv import ops
 from vllm_clusterkv.page_layout import BLOCK_SIZE
+from vllm_clusterkv.reference import spread_rows
 
 CHUNK = 50
 NEAR_TIE = 1e-5  # relative, between weights
@@ -145,17 +146,25 @@ def check_clusters(keys, labels, num_clusters, num_iters) -> list[float]:
         labels: [P, num_rows].
     """
     if num_iters == 1:
-        num_rows = keys.shape[1]
-        odd = 2 * torch.arange(num_clusters, device=keys.device) + 1
-        first = keys[:, odd * num_rows // (2 * num_clusters)].double()
-        cosines = F.normalize(keys.double(), dim=2) @ F.normalize(first, dim=2).mT
+        cosines, is_clear = first_cosines(keys.double(), num_clusters)
         chosen = cosines.gather(2, labels[..., None])[..., 0]
-        assert (chosen >= cosines.amax(2) - 2e-6).all()
+        assert ((chosen >= cosines.amax(2) - 2e-6) | ~is_clear[:, None]).all()
     expected = cluster_keys(keys, num_clusters, num_iters)
     looser_by = tightness(keys, expected, num_clusters)
     looser_by -= tightness(keys, labels, num_clusters)
     assert looser_by.max() <= 0.05
     return looser_by.tolist()
+
+
+def first_cosines(keys, num_clusters) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines to the keys that start the clusters: [P, num_rows, C]; and whether there
+    was no near tie in choosing them: [P]."""
+    directions = F.normalize(keys, dim=2)
+    rows = spread_rows(keys, num_clusters)
+    cosines = directions @ directions.take_along_dim(rows[..., None], 1).mT
+    nearest = cosines.cummax(2).values[..., :-1]
+    least = nearest.topk(2, dim=1, largest=False).values  # [P, 2, C - 1]
+    return cosines, (least[:, 1] - least[:, 0] > 2e-6).all(1)
 
 
 def tightness(keys, labels, num_clusters) -> torch.Tensor:

@@ -13,6 +13,7 @@ from benchmarks.quality.methods.attention import attend, exact_logits
 from benchmarks.quality.methods.groups import take_groups
 from benchmarks.quality.methods.votes import rank
 from vllm_clusterkv import ops, reference
+from vllm_clusterkv.config import ClusterKVConfig
 from vllm_clusterkv.page_layout import PageLayout
 
 SCALE = 0.125
@@ -215,7 +216,8 @@ def product(tokens_per_cluster, tail, query, keys, values, token_budget):
     blocks = torch.arange(num_pages + 1, dtype=torch.int32)
     sinks = torch.zeros(num_pages, dtype=torch.int32)
     sinks[:1] = 16
-    reference.index_pages(cache, centroids, ends, blocks[:-1], sinks, 8)
+    num_iters = ClusterKVConfig().num_iters
+    reference.index_pages(cache, centroids, ends, blocks[:-1], sinks, num_iters)
     scores = torch.zeros(1, num_heads, max_clusters)
     stats = torch.zeros(1, num_heads, -(-max_clusters // 16), 2)
     selected = torch.zeros(1, num_kv_heads, max_clusters, dtype=torch.uint8)

@@ -11,7 +11,7 @@ import torch
 
 from tests.support.inputs import DecodeInputs
 from vllm_clusterkv.page_layout import BLOCK_SIZE
-from vllm_clusterkv.reference import first_argmax
+from vllm_clusterkv.reference import first_argmax, spread_rows
 
 
 class BatchedReference:
@@ -124,9 +124,8 @@ class BatchedReference:
 
 def cluster_keys(keys: torch.Tensor, num_clusters: int, num_iters: int) -> torch.Tensor:
     """``reference.cluster_keys`` of many pages: [P, num_rows, D] to [P, num_rows]."""
-    num_rows = keys.shape[1]
-    odd = 2 * torch.arange(num_clusters, device=keys.device) + 1
-    means = keys[:, odd * num_rows // (2 * num_clusters)]  # [P, C, D]
+    rows = spread_rows(keys, num_clusters)
+    means = keys.take_along_dim(rows[..., None], 1)  # [P, C, D]
     labels = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
     for _ in range(num_iters):
         norms = means.norm(dim=2, keepdim=True)

@@ -4,16 +4,16 @@
 
 import torch
 
-from vllm_clusterkv.reference import first_argmax
+from vllm_clusterkv.reference import first_argmax, spread_rows
 
-INITS = ("spaced", "random", "farthest")
-"""``spaced``: evenly spaced keys, the product's; ``random``: with replacement, the same
-positions for all sets, as ClusterKV's system code; ``farthest``: the first key, then
-again and again the key with the smallest cosine to those chosen."""
+INITS = ("farthest", "spaced", "random")
+"""``farthest``: keys far from each other, the product's (``reference.spread_rows``);
+``spaced``: evenly spaced keys; ``random``: with replacement, the same positions for all
+sets, as ClusterKV's system code."""
 
 
 def cluster_keys(
-    keys: torch.Tensor, num_clusters: int, num_iters: int, init: str = "spaced"
+    keys: torch.Tensor, num_clusters: int, num_iters: int, init: str = "farthest"
 ) -> torch.Tensor:
     """``vllm_clusterkv.reference.cluster_keys`` of many sets, and other first means.
 
@@ -46,17 +46,8 @@ def first_means(keys, num_clusters: int, init: str) -> torch.Tensor:
         return keys[:, rows.to(keys.device)]
     if init != "farthest":
         raise ValueError(f"init must be one of {INITS}, got {init!r}")
-    directions = torch.nn.functional.normalize(keys, dim=2)
-    row = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
-    sets = torch.arange(len(keys), device=keys.device)
-    chosen = [row]
-    nearest = keys.new_full(keys.shape[:2], float("-inf"))
-    for _ in range(num_clusters - 1):
-        cosines = directions @ directions[sets, row, :, None]
-        nearest = torch.maximum(nearest, cosines[..., 0])
-        row = nearest.argmin(1)
-        chosen.append(row)
-    return keys[sets[:, None], torch.stack(chosen, 1)]
+    rows = spread_rows(keys, num_clusters)
+    return keys.take_along_dim(rows[..., None], 1)
 
 
 def assign(keys, means) -> torch.Tensor:

@@ -37,8 +37,8 @@ class Ours(GroupedMethod):
 
     tail: bool = True
     tokens_per_cluster: int = 16
-    num_iters: int = 8
-    init: str = "spaced"
+    num_iters: int = 4
+    init: str = "farthest"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +94,7 @@ def has_kernel(pages: torch.Tensor, method: Ours) -> bool:
         head_sizes = HEAD_SIZES
         dtypes = [torch.bfloat16, torch.float16, torch.float32]
     return (
-        method.init == "spaced"
+        method.init == "farthest"
         and method.page_size <= BLOCK_SIZE
         and method.num_clusters in (8, 16, 32)
         and pages.shape[3] in head_sizes
