@@ -73,15 +73,17 @@ def crossover_len(num_reqs: int, num_kv_heads: int) -> int:
     """Tokens from which selecting pays.
 
     Scoring and selecting take some 10 us a layer however little they save, and they
-    save in proportion to the batch. On an H100, Llama-3.1-8B's shapes, time per output
-    token against FLASH_ATTN (benchmarks/bench_decode.py): 4,096 tokens at batch 1
-    0.94x when sparse, at batch 8 1.05x, at batch 64 1.39x.
+    save in proportion to the batch. On an H100, Llama-3.1-8B's shapes, attention
+    between a layer's other kernels, against FLASH_ATTN's (benchmarks/bench_ops.py):
+    2,048 tokens at batch 1, 8 and 64 0.93x, 0.99x and 1.16x when sparse, 4,096 tokens
+    1.2x, 1.6x and 2.0x. At batch 1, 4,096 was slower in time per output token.
 
     Args:
         num_reqs: Decode rows.
         num_kv_heads: Of this rank.
     """
-    return 4096 if num_reqs * num_kv_heads >= 32 else 8192
+    num_pairs = num_reqs * num_kv_heads
+    return 2048 if num_pairs >= 256 else 4096 if num_pairs >= 32 else 8192
 
 
 def num_splits(num_reqs: int, num_kv_heads: int, num_sms: int) -> int:
