@@ -106,7 +106,7 @@ class Evaluation:
         for name, budget in pairs:
             if name in SETTINGS:
                 self._run_vllm(name, budget)
-        others = [(n, b) for n, b in pairs if n not in SETTINGS and b is not None]
+        others = [pair for pair in pairs if pair[0] not in SETTINGS]
         if others:
             self._run_peers(others)
 
@@ -133,7 +133,7 @@ class Evaluation:
             args.engine_args,
             args.timeout,
         )
-        label = f"{name}@{budget}" if budget else name
+        label = _label(name, budget)
         self._progress.set_description(f"{label}: starting")
         runner = VllmRunner(name, budget, options)
         self.facts[label] = runner.facts
@@ -149,7 +149,7 @@ class Evaluation:
             raise
         runner.close()
 
-    def _run_peers(self, pairs: list[tuple[str, int]]) -> None:
+    def _run_peers(self, pairs: list[tuple[str, int | None]]) -> None:
         wanted = [(pair, self._missing(*pair)) for pair in pairs]
         wanted = [(pair, missing) for pair, missing in wanted if missing]
         if not wanted:
@@ -159,24 +159,33 @@ class Evaluation:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         args = self._args
         runners = peers.make_runners(
-            args.model, [pair for pair, _ in wanted], args.question_tokens, device
+            args.model,
+            [pair for pair, _ in wanted],
+            args.question_tokens,
+            args.top_k,
+            device,
         )
         keys = [{_where(s) for s in missing} for _, missing in wanted]
-        # Runners share a prompt's prefill, so prompts are the outer loop.
+        # Runners share a prompt's prefill, so prompts are the outer loop. The first is
+        # dense attention, against which the others are held.
         for sample in self._samples:
             for ((name, budget), _), runner, missing in zip(
                 wanted, runners, keys, strict=True
             ):
-                if isinstance(sample, Sample) and _where(sample) in missing:
-                    self._progress.set_description(f"{name}@{budget}: {sample.task}")
+                if _where(sample) not in missing:
+                    continue
+                self._progress.set_description(f"{_label(name, budget)}: {sample.task}")
+                if isinstance(sample, ForcedSample):
+                    self._force(runner, sample, budget)
+                else:
                     self._answer(runner, name, [sample], budget)
 
     def _missing(self, name: str, budget: int | None) -> list[Sample | ForcedSample]:
-        """Samples without a result; forced ones only where tokens can be forced."""
+        """Samples without a result, of those that the method can run."""
         return [
             s
             for s in self._samples
-            if (name in SETTINGS or isinstance(s, Sample))
+            if (isinstance(s, Sample) or teacher_forcing.can_run(name, s))
             and key_of(s.task, s.context_len, s.index, name, budget)
             not in self._results
         ]
@@ -200,7 +209,7 @@ class Evaluation:
                 name,
                 budget,
                 scores={"score": score},
-                attended=getattr(runner, "mean_attended", None),
+                attended=runner.mean_attended,
                 seconds=seconds,
                 answers=sample.answers,
                 prediction=prediction,
@@ -208,12 +217,10 @@ class Evaluation:
             )
 
     def _force(
-        self, runner: VllmRunner, sample: ForcedSample, budget: int | None
+        self, runner: peers.Runner, sample: ForcedSample, budget: int | None
     ) -> None:
         start = time.perf_counter()
-        stem = f"{sample.task}-{sample.context_len}-{sample.index}"
-        reference = Path(self._args.out) / "dense" / f"{stem}.npz"
-        scores, attended = teacher_forcing.run(runner, sample, reference)
+        scores, attended = teacher_forcing.run(runner, sample, Path(self._args.out))
         self._add(
             sample,
             runner.name,
@@ -248,6 +255,10 @@ class Evaluation:
             }
         )
         self._progress.update()
+
+
+def _label(name: str, budget: int | None) -> str:
+    return f"{name}@{budget}" if budget else name
 
 
 def _where(sample: Sample | ForcedSample) -> tuple[str, int, int]:

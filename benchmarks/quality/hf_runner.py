@@ -13,18 +13,24 @@ by all methods and budgets, so loop over prompts outside and over runners inside
         answers = [runner.generate([prompt], 64) for runner in runners]
 
 As in serving, the first token of an answer comes from dense prefill.
+
+Along given tokens nothing comes to the host before the last step, so that a GPU never
+waits for Python.
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from benchmarks.quality.engine_child import Generated
+from benchmarks.quality.fidelity_math import Scored
 from benchmarks.quality.methods import METHODS, Index, Method, make_method
 from benchmarks.quality.methods.attention import attend, exact_logits
 
@@ -178,12 +184,16 @@ class HFModel:
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: Sequence[int], cache: DynamicCache, layer_hook: LayerHook
+        self,
+        token_ids: Sequence[int] | torch.Tensor,
+        cache: DynamicCache,
+        layer_hook: LayerHook,
     ) -> torch.Tensor:
         """Runs tokens behind those in the cache, several only if it is empty.
 
         Args:
-            token_ids: The tokens.
+            token_ids: The tokens. A tensor on the model's device spares a copy, for
+                which the host would wait.
             cache: Grows by them.
             layer_hook: Called in every layer, keys and values with these tokens'. If it
                 returns an output, [num_heads, head_size] for a single token, it
@@ -192,7 +202,7 @@ class HFModel:
         Returns:
             [vocab_size] fp32: logits behind the last token.
         """
-        ids = torch.tensor([list(token_ids)], device=self.device)
+        ids = torch.as_tensor(token_ids, device=self.device)[None]
         output: Any = self.model(
             input_ids=ids,
             past_key_values=cache,
@@ -208,6 +218,8 @@ class HFRunner:
 
     Attributes:
         name: Method and budget.
+        mean_attended: Tokens attended to exactly in the last call, mean over its
+            requests, decode steps, layers and KV heads; None if nothing was decoded.
     """
 
     def __init__(
@@ -218,6 +230,7 @@ class HFRunner:
         name: str | None = None,
         num_dense_layers: int = 0,
         num_decoded_prompt_tokens: int = 0,
+        top_k: int = 100,
     ) -> None:
         """Makes a runner.
 
@@ -230,12 +243,19 @@ class HFRunner:
                 product, 2 in the papers of Quest and ClusterKV.
             num_decoded_prompt_tokens: Last tokens of each prompt that go through the
                 decode path, too, as Quest and ClusterKV feed the question. 0 is what
-                serving does.
+                serving does. Not those of ``score``.
+            top_k: Likeliest tokens that ``score`` gives for each step.
         """
         self.model, self.method, self.token_budget = model, method, token_budget
         self.name = name or f"{type(method).__name__}-{token_budget}"
         self._num_dense_layers = num_dense_layers
-        self._num_decoded = num_decoded_prompt_tokens
+        self._num_decoded, self._top_k = num_decoded_prompt_tokens, top_k
+        self._attended = _Attended()
+
+    @property
+    def mean_attended(self) -> float | None:
+        """Tokens a decode step of the last call attended to exactly."""
+        return self._attended.mean()
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         """Greedy answers.
@@ -247,50 +267,118 @@ class HFRunner:
         Returns:
             Token ids of each answer, with the token that ended it, if one did.
         """
+        self._attended = _Attended()
         return [self._generate(prompt, max_tokens) for prompt in prompts]
 
     def _generate(self, prompt: list[int], max_tokens: int) -> list[int]:
         eos_token_ids, answer = self.model.eos_token_ids, []
-        decoder = self._start(prompt)
+        decoder = self._start(prompt, self._num_decoded)
         for _ in range(max_tokens):
             token = int(decoder.logits.argmax())
             answer.append(token)
             if token in eos_token_ids or len(answer) == max_tokens:
                 break
-            decoder.step(token)
+            decoder.step(torch.tensor([token], device=self.model.device))
         return answer
 
-    def score(self, prompt_ids: list[int], continuation_ids: list[int]) -> list[float]:
+    def score(self, prompts: list[list[int]], forced: list[list[int]]) -> Generated:
+        """Next-token distributions along given continuations, as ``VllmRunner.score``.
+
+        Prompts are prefilled whole, so that the first distribution is dense in every
+        method; each further one is a decode step's.
+
+        Args:
+            prompts: Token ids of each.
+            forced: The continuation of each.
+        """
+        self._attended = _Attended()
+        scored = [self._score(*pair) for pair in zip(prompts, forced, strict=True)]
+        return Generated(forced, self.mean_attended, scored)
+
+    @torch.inference_mode()
+    def _score(self, prompt: list[int], forced: list[int]) -> Scored:
+        token_ids = self._on_device(forced)
+        logprobs, top_ids, top_logprobs = [], [], []
+        for i, logits in enumerate(self._along(prompt, token_ids, 0)):
+            row = logits.log_softmax(0)
+            # Indexing by a tensor without dimensions would wait for its value.
+            logprobs.append(row.gather(0, token_ids[i : i + 1]))
+            best = row.topk(min(self._top_k, len(row)))
+            top_ids.append(best.indices)
+            top_logprobs.append(best.values)
+        return Scored(
+            np.array(forced, np.int32),
+            torch.cat(logprobs).cpu().numpy(),
+            torch.stack(top_ids).int().cpu().numpy(),
+            torch.stack(top_logprobs).cpu().numpy(),
+        )
+
+    def logprobs(
+        self, prompt_ids: list[int], continuation_ids: list[int]
+    ) -> list[float]:
         """Log-probabilities of a given continuation, in nats, one a token.
 
         The tokens are fed one by one through the decode path, whatever the model would
-        have said. The first is judged by dense prefill.
+        have said. The first is judged by dense prefill, unless tokens of the prompt are
+        decoded, too.
         """
-        decoder, scores = self._start(prompt_ids), []
-        for i, token in enumerate(continuation_ids):
-            if i:
-                decoder.step(continuation_ids[i - 1])
-            scores.append(float(decoder.logits.log_softmax(0)[token]))
-        return scores
+        rows = self.logits(prompt_ids, continuation_ids).log_softmax(1)
+        return rows.gather(1, self._on_device(continuation_ids)[:, None])[:, 0].tolist()
 
-    def logits(self, prompt_ids: list[int], continuation_ids: list[int]):
-        """Whole distributions, as ``score``: [num_tokens, vocab_size] fp32 logits."""
-        decoder, rows = self._start(prompt_ids), []
-        for i in range(len(continuation_ids)):
-            if i:
-                decoder.step(continuation_ids[i - 1])
-            rows.append(decoder.logits)
-        return torch.stack(rows)
+    def logits(
+        self, prompt_ids: list[int], continuation_ids: list[int]
+    ) -> torch.Tensor:
+        """Whole distributions, as ``logprobs``: [num_tokens, vocab_size] fp32."""
+        self._attended = _Attended()
+        token_ids = self._on_device(continuation_ids)
+        return torch.stack([*self._along(prompt_ids, token_ids, self._num_decoded)])
 
-    def _start(self, prompt: list[int]) -> "_Decoder":
-        num_dense = max(len(prompt) - self._num_decoded, 1)
+    def _along(
+        self, prompt: list[int], token_ids: torch.Tensor, num_decoded: int
+    ) -> Iterator[torch.Tensor]:
+        """Logits before each of the tokens, which are fed one by one."""
+        decoder = self._start(prompt, num_decoded)
+        yield decoder.logits
+        for token in token_ids[:-1, None]:
+            decoder.step(token)
+            yield decoder.logits
+
+    def _start(self, prompt: list[int], num_decoded: int) -> "_Decoder":
+        num_dense = max(len(prompt) - num_decoded, 1)
         prefill = self.model.prefill(prompt[:num_dense])
         decoder = _Decoder(
-            self.model, prefill, self.method, self.token_budget, self._num_dense_layers
+            self.model,
+            prefill,
+            self.method,
+            self.token_budget,
+            self._num_dense_layers,
+            self._attended,
         )
-        for token in prompt[num_dense:]:
+        for token in self._on_device(prompt[num_dense:])[:, None]:
             decoder.step(token)
         return decoder
+
+    def _on_device(self, token_ids: list[int]) -> torch.Tensor:
+        return torch.tensor(token_ids, dtype=torch.int64, device=self.model.device)
+
+
+class _Attended:
+    """Tokens attended to exactly, summed where they are counted."""
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | int = 0
+        self._num_layers = 0
+
+    def add(self, num_attended: torch.Tensor) -> None:
+        """Counts a layer of a step: [num_kv_heads]."""
+        self._sums = self._sums + num_attended
+        self._num_layers += 1
+
+    def mean(self) -> float | None:
+        """Over all that were added; None if none were."""
+        if isinstance(self._sums, int):
+            return None
+        return float(self._sums.double().mean()) / self._num_layers
 
 
 class _Decoder:
@@ -307,22 +395,26 @@ class _Decoder:
         method: Method,
         token_budget: int,
         num_dense_layers: int,
+        attended: _Attended,
     ) -> None:
-        self.logits = prefill.logits
+        self.logits, self._attended = prefill.logits, attended
         self._model, self._token_budget = model, token_budget
         self._num_dense_layers = num_dense_layers
         self._cache = prefill.copy_cache()
         with torch.inference_mode():
             self._indexes = prefill.index(method)
 
-    def step(self, token: int) -> None:
-        """Decodes one token."""
-        self.logits = self._model.forward([token], self._cache, self._attend)
+    def step(self, token: torch.Tensor) -> None:
+        """Decodes one token, [1] int64 on the model's device."""
+        self.logits = self._model.forward(token, self._cache, self._attend)
 
     def _attend(self, layer, query, keys, values, scale) -> torch.Tensor | None:
         if layer < self._num_dense_layers:
+            num_kv_heads, seq_len, _ = keys.shape
+            self._attended.add(torch.full((num_kv_heads,), seq_len, device=keys.device))
             return None
         index = self._indexes[layer]
         index.update(keys, values)
         selection = index.select(query[:, 0], self._token_budget)
+        self._attended.add(selection.num_attended)
         return attend(selection, exact_logits(query[:, 0], keys, scale), values)

@@ -4,14 +4,23 @@
 
 from typing import Any, Protocol
 
+from benchmarks.quality.engine_child import Generated
+
 
 class Runner(Protocol):
-    """What an evaluation needs of a method."""
+    """What an evaluation needs of a method, in vLLM or on transformers."""
 
     name: str
 
+    @property
+    def mean_attended(self) -> float | None:
+        """Tokens that a decode step of the last call attended to exactly."""
+
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         """Greedy answers to prompts of token ids."""
+
+    def score(self, prompts: list[list[int]], forced: list[list[int]]) -> Generated:
+        """Next-token distributions along given continuations, by the decode path."""
 
 
 def load_hf_runner() -> Any:
@@ -44,14 +53,20 @@ def check_methods(names: list[str]) -> None:
 
 
 def make_runners(
-    model: str, methods: list[tuple[str, int]], question_tokens: int, device: str
+    model: str,
+    methods: list[tuple[str, int | None]],
+    question_tokens: int,
+    top_k: int,
+    device: str,
 ) -> list[Runner]:
     """Runners that share one model, and the prefill of a prompt.
 
     Args:
         model: Folder.
-        methods: Names, settings included, with token budgets.
-        question_tokens: Last tokens of each prompt that are decoded one by one.
+        methods: Names, settings included, with token budgets; None for ``full``.
+        question_tokens: Last tokens of each prompt that are decoded one by one, where
+            answers are generated.
+        top_k: Log-probabilities a token.
         device: "cpu" or "cuda".
     """
     hf_runner = load_hf_runner()
@@ -63,9 +78,10 @@ def make_runners(
         hf_runner.HFRunner(
             loaded,
             hf_runner.make_method(name),
-            budget,
+            budget or 0,
             name=name,
             num_decoded_prompt_tokens=question_tokens,
+            top_k=top_k,
         )
         for name, budget in methods
     ]

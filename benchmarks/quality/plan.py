@@ -20,7 +20,7 @@ class Suite:
 
     Attributes:
         context_lens: None: powers of two from 4,096 to the model's limit.
-        token_budgets: Of every method but dense.
+        token_budgets: Of every method but dense and full.
         samples: Of each of RULER's and LongBench's tasks, and context.
         needle_samples: Of each depth and context of the needle grid.
         forced_samples: Of teacher forcing and long generation, and context.
@@ -161,11 +161,7 @@ def complete(args: argparse.Namespace, max_model_len: int) -> None:
     args.tasks = _tasks(args.tasks)
     args.methods = list(dict.fromkeys(args.methods))
     peers.check_methods([name for name in args.methods if name not in SETTINGS])
-    forced = [name for name in args.tasks if name in teacher_forcing.TASKS]
-    if forced and "dense" not in args.methods:
-        _reject(
-            "--methods", f"with dense for {', '.join(forced)}", " ".join(args.methods)
-        )
+    _require_dense(args)
     longest = max(args.context_lens)
     for task, name in (
         ("teacher_forcing", "forced_tokens"),
@@ -180,13 +176,32 @@ def complete(args: argparse.Namespace, max_model_len: int) -> None:
 
 
 def method_budgets(args: argparse.Namespace) -> list[tuple[str, int | None]]:
-    """What to run: dense, against which others are held, first."""
-    pairs: list[tuple[str, int | None]] = []
-    for name in sorted(args.methods, key=lambda name: name != "dense"):
-        # Full attention has no budget.
-        budgets = [None] if name == "dense" else sorted(args.token_budgets)
-        pairs += [(name, budget) for budget in budgets]
+    """What to run: dense and full, against which others are held, first."""
+    # Full attention has no budget.
+    dense = [name for name in teacher_forcing.FOLDERS if name in args.methods]
+    pairs: list[tuple[str, int | None]] = [(name, None) for name in dense]
+    for name in args.methods:
+        if name not in dense:
+            pairs += [(name, budget) for budget in sorted(args.token_budgets)]
     return pairs
+
+
+def _require_dense(args: argparse.Namespace) -> None:
+    """Raises ValueError where there is nothing to hold a method against."""
+    for dense in teacher_forcing.FOLDERS:
+        has_methods = dense in map(teacher_forcing.dense_of, args.methods)
+        tasks = []
+        if has_methods and "teacher_forcing" in args.tasks:
+            tasks.append("teacher_forcing")
+        if dense == "dense" and "long_generation" in args.tasks:
+            tasks.append("long_generation")
+        if tasks and dense not in args.methods:
+            where = "" if dense == "dense" else " of methods on transformers"
+            _reject(
+                "--methods",
+                f"with {dense} for {', '.join(tasks)}{where}",
+                " ".join(args.methods),
+            )
 
 
 def _tasks(given: list[str]) -> list[str]:

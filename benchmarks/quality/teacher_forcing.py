@@ -8,7 +8,10 @@ are forced along its tokens, and go on freely, too, to see where they first diff
 
 Both hold a method's next-token distributions against dense attention's of the same
 positions (``fidelity_math.compare`` says what is computed). Every forced token but the
-first is a decode step of the engine, whose attended tokens are recorded with it.
+first is a decode step, whose attended tokens are recorded with it.
+
+Each harness has a dense attention of its own, which rounds as the methods beside it do:
+in vLLM ``dense``, on transformers ``full``. Only vLLM's methods generate freely here.
 """
 
 import random
@@ -18,11 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality.fidelity_math import Scored, compare, first_difference
+from benchmarks.quality.peers import Runner
 from benchmarks.quality.samples import Prompter
 from benchmarks.quality.texts import Texts
-from benchmarks.quality.vllm_runner import VllmRunner
+from benchmarks.quality.vllm_runner import SETTINGS, VllmRunner
 
 TASKS = ("teacher_forcing", "long_generation")
+FOLDERS = {"dense": "dense", "full": "dense-transformers"}
+"""Where each dense attention's distributions are kept."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,16 @@ class ForcedSample:
     prompt: list[int]
     forced: list[int] | None
     num_tokens: int
+
+
+def dense_of(method: str) -> str:
+    """The method that one is held against: dense attention of the same harness."""
+    return "dense" if method in SETTINGS else "full"
+
+
+def can_run(method: str, sample: ForcedSample) -> bool:
+    """Whether a method takes a sample: one without tokens to force needs vLLM."""
+    return method in SETTINGS or sample.forced is not None
 
 
 def make_sample(
@@ -81,14 +97,14 @@ def make_sample(
 
 
 def run(
-    runner: VllmRunner, sample: ForcedSample, reference: Path
+    runner: Runner, sample: ForcedSample, references: Path
 ) -> tuple[dict[str, float], float | None]:
     """Runs a sample by a method.
 
     Args:
-        runner: Dense first: it writes the reference.
+        runner: Dense attention first: it writes the reference.
         sample: What to run.
-        reference: File of dense attention's distributions.
+        references: Folder that has those of ``FOLDERS``.
 
     Returns:
         scores: By name.
@@ -98,13 +114,16 @@ def run(
     Raises:
         ValueError: Dense attention has not run.
     """
-    if runner.name == "dense":
+    dense_name = dense_of(runner.name)
+    stem = f"{sample.task}-{sample.context_len}-{sample.index}"
+    reference = references / FOLDERS[dense_name] / f"{stem}.npz"
+    if runner.name == dense_name:
         dense = _run_dense(runner, sample, reference)
         return {"nll": -float(dense.logprobs[1:].mean())}, runner.mean_attended
     if not reference.exists():
         raise ValueError(
-            f"--methods must have dense where {sample.task} is run: the others are "
-            "held against it"
+            f"--methods must have {dense_name} where {sample.task} is run by "
+            f"{runner.name}, which is held against it; {reference} is not there"
         )
     dense = load(reference)
     forced = dense.token_ids.tolist()
@@ -112,14 +131,16 @@ def run(
     assert generated.scored is not None
     scores = compare(dense, generated.scored[0])
     del scores["nll_dense"]
-    if sample.task == "long_generation":
+    if sample.forced is None:
+        assert isinstance(runner, VllmRunner)
         free = runner.continue_freely([sample.prompt], sample.num_tokens)
         scores["first_difference"] = first_difference(forced, free.token_ids[0])
     return scores, generated.attended
 
 
-def _run_dense(runner: VllmRunner, sample: ForcedSample, reference: Path) -> Scored:
+def _run_dense(runner: Runner, sample: ForcedSample, reference: Path) -> Scored:
     if sample.forced is None:
+        assert isinstance(runner, VllmRunner)
         generated = runner.continue_freely([sample.prompt], sample.num_tokens)
     else:
         generated = runner.score([sample.prompt], [sample.forced])

@@ -7,48 +7,10 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.quality import fidelity
 from benchmarks.quality.hf_runner import HFModel
 from benchmarks.quality.methods import METHODS, make_method
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory) -> str:
-    """A tiny model with random weights and a tokenizer of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = {f"w{i}": i for i in range(127)} | {"?": 127}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def texts(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    numbers = torch.randint(127, (4000,), generator=torch.Generator().manual_seed(0))
-    for name, part in {"b": numbers[2000:], "a": numbers[:2000]}.items():
-        text = " ".join(f"w{i}" for i in part.tolist())
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return folder
 
 
 def random_layer(contexts) -> fidelity.Layer:
@@ -90,8 +52,8 @@ def test_the_oracle_is_ahead():
         assert errors["oracle"] < errors[name]
 
 
-def test_capture_is_what_attention_was_given(model_path):
-    model = HFModel(model_path)
+def test_capture_is_what_attention_was_given(tiny_model):
+    model = HFModel(tiny_model)
     ids = list(range(100))
     layers = fidelity.capture(model, ids, [60, 100], [1])
     assert list(layers) == [1]
@@ -127,17 +89,19 @@ def test_sweeps_become_methods():
         fidelity.method_specs([], ["pages=1"], "ours-tail")
 
 
-def arguments(model_path, texts, out, *more) -> list[str]:
+def arguments(tiny_model, text_folder, out, *more) -> list[str]:
     return [
-        *("--model", model_path, "--texts", str(texts), "--out", str(out)),
+        *("--model", tiny_model, "--texts", str(text_folder), "--out", str(out)),
         *("--context-lens", "600", "--token-budgets", "32", "64"),
         *("--num-texts", "2", "--offsets", "64", *more),
     ]
 
 
-def test_a_run_and_how_it_goes_on(model_path, texts, tmp_path, capsys, monkeypatch):
+def test_a_run_and_how_it_goes_on(
+    tiny_model, text_folder, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "out"
-    fidelity.main(arguments(model_path, texts, out, "--methods", "quest", "full"))
+    fidelity.main(arguments(tiny_model, text_folder, out, "--methods", "quest", "full"))
     printed = capsys.readouterr().out
     assert "text texts" in printed and "context 600, budget 32" in printed
     lines = (out / "fidelity.jsonl").read_text().splitlines()
@@ -159,9 +123,9 @@ def test_a_run_and_how_it_goes_on(model_path, texts, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(fidelity, "measure", noted)
     more = ("--methods", "quest", "full", "window")
-    fidelity.main(arguments(model_path, texts, out, *more))
+    fidelity.main(arguments(tiny_model, text_folder, out, *more))
     assert len(done) == 1 + 2 * 2 and done[-1][1] == [32, 64]
     assert len((out / "fidelity.jsonl").read_text().splitlines()) == 24
     with pytest.raises(SystemExit):
-        fidelity.main(arguments(model_path, texts, out, "--every-nth-layer", "2"))
+        fidelity.main(arguments(tiny_model, text_folder, out, "--every-nth-layer", "2"))
     assert "settings" in capsys.readouterr().err

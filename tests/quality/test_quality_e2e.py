@@ -21,7 +21,15 @@ def out(model_path, tmp_path_factory):
     main(
         [
             *("--model", model_path, "--out", str(folder), "--methods", "dense"),
-            *("clusterkv", "--token-budgets", str(BUDGET), "--context-lens", "1024"),
+            *(
+                "clusterkv",
+                "full",
+                "ours-tail",
+                "--token-budgets",
+                str(BUDGET),
+                "--context-lens",
+                "1024",
+            ),
             *("--tasks", "niah_single_1", "teacher_forcing", "--forced-tokens", "24"),
             *("--question-tokens", "12", "--max-answer-tokens", "12"),
             *("--samples", "1", "--forced-samples", "1"),
@@ -51,6 +59,21 @@ def test_rows(out):
     sparse = float(rows["teacher_forcing/nll", "clusterkv"]["score"])
     gap = float(rows["teacher_forcing/logprob_gap", "clusterkv"]["score"])
     assert sparse - dense == pytest.approx(gap, abs=1e-3)
+
+
+def test_transformers_measures_what_vllm_does(out):
+    with (out / "quality.csv").open() as file:
+        rows = {(row["task"], row["method"]): row for row in csv.DictReader(file)}
+    tasks = {method: {t for t, m in rows if m == method} for _, method in rows}
+    assert tasks["ours-tail"] == tasks["clusterkv"]
+    assert tasks["full"] == tasks["dense"]
+    for ours, theirs in (("dense", "full"), ("clusterkv", "ours-tail")):
+        task = "teacher_forcing/nll"
+        scores = [float(rows[task, method]["score"]) for method in (ours, theirs)]
+        assert scores[1] == pytest.approx(scores[0], abs=0.1)
+        counts = [float(rows[task, method]["attended"]) for method in (ours, theirs)]
+        assert counts[1] == pytest.approx(counts[0], rel=0.01)
+    assert 0 < float(rows["teacher_forcing/kl", "ours-tail"]["score"]) < 1
 
 
 def test_forced_steps_were_decoded_sparsely(out):

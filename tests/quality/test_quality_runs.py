@@ -72,6 +72,15 @@ def arguments(*words: str) -> Namespace:
         (["--depths", "2"], "--depths must be from 0 to 1, got 2"),
         (["--settings", "[1]"], r"--settings must be a JSON object, got \[1\]"),
         (["--methods", "clusterkv"], "--methods must be with dense for"),
+        (
+            ["--tasks", "teacher_forcing", "--methods", "quest"],
+            "--methods must be with full for teacher_forcing of methods on transf",
+        ),
+        (
+            ["--tasks", "teacher_forcing", "--methods", "full", "quest", "clusterkv"],
+            "--methods must be with dense for teacher_forcing, got",
+        ),
+        (["--methods", "full"], "--methods must be with dense for long_generation"),
         (["--long-tokens", "5000"], "--long-tokens must be at most half"),
         (["--methods", "dense", "no-such"], "--methods"),
     ],
@@ -92,6 +101,25 @@ def test_suites():
         ("clusterkv", 128),
         ("clusterkv", 512),
     ]
+
+
+def test_dense_attention_comes_first_and_has_no_budget():
+    args = arguments("--methods", "quest", "clusterkv", "full", "dense")
+    assert plan.method_budgets(args) == [
+        ("dense", None),
+        ("full", None),
+        ("quest", 256),
+        ("clusterkv", 256),
+    ]
+
+
+def test_what_methods_on_transformers_run(tmp_path, prompter, texts):
+    words = ("--forced-samples", "3", "--tasks", "teacher_forcing", "long_generation")
+    args = arguments(*words, "--methods", "dense", "full", "quest")
+    samples = evaluate.make_samples(args, prompter, texts)
+    results = Results(tmp_path, {})
+    evaluation = Evaluation(args, samples, prompter, results, Progress())
+    assert evaluation.count() == (3 + 3) + 3 + 3
 
 
 def record(task: str, index: int, method: str, score: float) -> dict:

@@ -16,7 +16,8 @@ Every method attends to the sinks and to the last page, as far as it is filled,
 whatever the budget: ``token_budget`` counts the tokens it may choose besides. That is
 how the product counts.
 
-Plain PyTorch, for evaluation: correct and readable, not fast.
+Plain PyTorch, for evaluation: correct and readable, not fast. But no selection waits
+for the device (``int()`` of a tensor, ``nonzero``): a step has one of each layer.
 """
 
 from abc import ABC, abstractmethod
@@ -34,14 +35,15 @@ class Selection:
 
     Attributes:
         mask: [num_kv_heads, seq_len] bool.
-        index_bytes: Bytes of the index that were read to choose, a KV head.
+        index_bytes: Bytes of the index that were read to choose, a KV head; a tensor
+            of no dimensions where they depend on what was chosen.
         extra_logits: [num_kv_heads, group, num_extra] fp32. Logits of rows that stand
             in for tokens left out; -inf where a KV head has none. None: no such rows.
         extra_values: [num_kv_heads, num_extra, head_size]. Their values.
     """
 
     mask: torch.Tensor
-    index_bytes: float = 0.0
+    index_bytes: float | torch.Tensor = 0.0
     extra_logits: torch.Tensor | None = None
     extra_values: torch.Tensor | None = None
 
@@ -58,7 +60,7 @@ class Selection:
         same for all methods, are left out.
         """
         row_bytes = head_size * BYTES_PER_ELEMENT
-        total = self.index_bytes + float(self.num_attended.double().mean()) * (
+        total = float(self.index_bytes) + float(self.num_attended.double().mean()) * (
             2 * row_bytes
         )
         if self.extra_logits is not None:
@@ -127,6 +129,10 @@ class Method(ABC):
         position = torch.arange(seq_len, device=device)
         last_page = self.last_page_start(seq_len)
         return (position < self.num_sink_tokens) | (position >= last_page)
+
+    def num_choosable(self, seq_len: int) -> int:
+        """Tokens that are not always attended to."""
+        return max(self.last_page_start(seq_len) - self.num_sink_tokens, 0)
 
     def last_page_start(self, seq_len: int) -> int:
         """First position of the page that holds the current token."""

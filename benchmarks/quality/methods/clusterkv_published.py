@@ -85,7 +85,7 @@ class ClusterKVPublishedIndex(GroupedIndex):
         labels[:, num_sinks:] = assign(free, means)
         self._append(keys, values, labels, num_clusters, means)
 
-    def _index_bytes(self, num_groups, num_selected) -> float:
+    def _index_bytes(self, num_groups, num_selected) -> float | torch.Tensor:
         scanned = super()._index_bytes(num_groups, num_selected)
         # Sizes of the clusters, and the positions of the tokens taken.
         return scanned + _LABEL_BYTES * (num_groups + num_selected)

@@ -47,8 +47,8 @@ class GroupedIndex(Index):
 
     Attributes:
         labels: [num_kv_heads, num_tokens] int64: the group of each token; -1 for
-            none. Tokens beyond ``num_tokens`` are in no group yet. Tokens in no
-            group are always attended to.
+            none, the sinks. Tokens beyond ``num_tokens`` are in no group yet. Tokens
+            in no group are always attended to.
         mean_keys: [num_kv_heads, num_groups, head_size], as the keys.
         mean_values: As mean_keys.
         seq_len: Tokens of the context.
@@ -107,29 +107,36 @@ class GroupedIndex(Index):
         """
         return self.scale * query @ self.mean_keys.float().mT
 
-    def _index_bytes(self, num_groups: int, num_selected: float) -> float:
+    def _index_bytes(
+        self, num_groups: int, num_selected: torch.Tensor
+    ) -> float | torch.Tensor:
         """Bytes a KV head that scoring and selecting read.
 
         Args:
             num_groups: Groups scored.
-            num_selected: Tokens taken from groups, mean over the KV heads.
+            num_selected: Tokens taken from groups, mean over the KV heads: a tensor
+                of no dimensions.
         """
         vector_bytes = self.mean_keys.shape[2] * BYTES_PER_ELEMENT
         return self.vectors_per_group * num_groups * vector_bytes
 
     def select(self, query, token_budget) -> Selection:
         num_kv_heads, num_groups, _ = self.mean_keys.shape
-        missing = self.seq_len - self.labels.shape[1]
+        num_labels = self.labels.shape[1]
+        last_page = self.method.last_page_start(self.seq_len)
+        shape = (num_kv_heads, self.seq_len)
+        # Known without a look at the labels: all but the sinks are in a group.
+        if min(num_labels, last_page) - self.method.num_sink_tokens <= token_budget:
+            return Selection(self.labels.new_ones(shape, dtype=torch.bool))
+        missing = self.seq_len - num_labels
         labels = torch.nn.functional.pad(self.labels, (0, missing), value=-1)
         always = self.method.always_attended(self.seq_len, labels.device)
         labels = labels.masked_fill(always, -1)
         counts = count_labels(labels, num_groups)
-        if int(counts.sum(1).amax()) <= token_budget:
-            return Selection(torch.ones_like(labels, dtype=torch.bool))
         scores = self._scores(query.float().unflatten(0, (num_kv_heads, -1)))
         ranks = rank(scores, counts, self.method.vote)
         mask = take_groups(ranks, labels, counts, token_budget, self.method.trim)
-        num_selected = float((mask & (labels >= 0)).double().sum(1).mean())
+        num_selected = (mask & (labels >= 0)).double().sum(1).mean()
         selection = Selection(mask, self._index_bytes(num_groups, num_selected))
         if self.method.tail:
             left = count_labels(labels.masked_fill(mask, -1), num_groups)
@@ -159,9 +166,13 @@ def take_groups(ranks, labels, counts, token_budget: int, trim: bool) -> torch.T
     # Label -1 finds the entry behind the last group.
     mask = taken.gather(1, labels.remainder(taken.shape[1]))
     if trim:
-        for head, group in ((taken[:, :-1]) & (room < counts)).nonzero().tolist():
-            members = (labels[head] == group).nonzero()[:, 0]
-            mask[head, members[int(room[head, group]) :]] = False
+        # One group a KV head at most: those before it have room for all of theirs.
+        cut = (room > 0) & (room < counts)
+        members = torch.nn.functional.pad(cut, (0, 1)).gather(
+            1, labels.remainder(taken.shape[1])
+        )
+        kept = room.where(cut, 0).sum(1, keepdim=True)
+        mask &= ~members | (members.cumsum(1) <= kept)
     return mask
 
 

@@ -38,7 +38,7 @@ class OracleIndex(Index):
         mass = exact_logits(query, self.keys, self.scale).softmax(2).sum(1)
         always = self.method.always_attended(seq_len, mass.device)
         mass = mass.masked_fill(always, -1.0)
-        num_taken = min(token_budget, int((~always).sum()))
+        num_taken = min(token_budget, self.method.num_choosable(seq_len))
         best = mass.topk(num_taken, dim=1).indices
         mask = always.expand_as(mass).scatter(1, best, True)
         return Selection(mask, seq_len * head_size * BYTES_PER_ELEMENT)

@@ -80,7 +80,7 @@ class OursIndex(GroupedIndex):
         num_groups = pages.shape[1] * method.num_clusters
         self._append(keys, values, labels.flatten(1), num_groups)
 
-    def _index_bytes(self, num_groups, num_selected) -> float:
+    def _index_bytes(self, num_groups, num_selected) -> float | torch.Tensor:
         scanned = super()._index_bytes(num_groups, num_selected)
         return scanned + _END_BYTES * num_groups
 

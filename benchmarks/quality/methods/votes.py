@@ -27,8 +27,7 @@ def rank(scores: torch.Tensor, counts: torch.Tensor, vote: str) -> torch.Tensor:
     elif vote == "max":
         ranks = scores.amax(1)
     elif vote == "softmax":
-        heads = zip(scores, counts, strict=True)
-        ranks = torch.stack([reference.rank_weights(*head) for head in heads])
+        ranks = torch.vmap(reference.rank_weights)(scores, counts)
     elif vote == "softmax-max":
         # A group of one: the weights of that query head alone.
         ranks = torch.stack(
