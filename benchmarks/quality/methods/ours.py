@@ -89,13 +89,15 @@ def has_kernel(pages: torch.Tensor, method: Ours) -> bool:
     """Whether ``ops.index_pages`` takes these pages with these settings."""
     if pages.is_cuda:
         head_sizes = CUDA_HEAD_SIZES if ops.HAS_CUDA_KERNELS else []
+        page_sizes = range(BLOCK_SIZE, BLOCK_SIZE + 1)
         dtypes = [torch.bfloat16, torch.float16]
     else:
         head_sizes = HEAD_SIZES
+        page_sizes = range(1, BLOCK_SIZE + 1)
         dtypes = [torch.bfloat16, torch.float16, torch.float32]
     return (
         method.init == "farthest"
-        and method.page_size <= BLOCK_SIZE
+        and method.page_size in page_sizes
         and method.num_clusters in (8, 16, 32)
         and pages.shape[3] in head_sizes
         and pages.dtype in dtypes
