@@ -161,11 +161,21 @@ def _follow(command: list[str], log: Path, timeout: float) -> Iterator[dict]:
         print(f"the engine's process ended with {child.returncode}:\n{tail}")
 
 
-def _wait_for_memory(seconds: float = 60) -> None:
-    """Waits until the last engine's GPU memory is free."""
-    deadline = time.monotonic() + seconds
-    while (gpu_memory_used_mib() or 0) > 2048 and time.monotonic() < deadline:
+def _wait_for_memory(seconds: float = 60, settled: float = 4) -> None:
+    """Waits until the last engine's GPU memory is free.
+
+    Where other programs use the GPU: until for ``settled`` seconds no more gets free.
+    """
+    now = time.monotonic()
+    deadline, last_fall, least = now + seconds, now, float("inf")
+    while now < deadline and now - last_fall < settled:
+        used = gpu_memory_used_mib() or 0
+        if used <= 2048:
+            return
+        if used < least:
+            least, last_fall = used, now
         time.sleep(0.5)
+        now = time.monotonic()
 
 
 def run_child(child_file: Path, measure: Callable) -> None:
