@@ -161,7 +161,7 @@ def _follow(command: list[str], log: Path, timeout: float) -> Iterator[dict]:
         print(f"the engine's process ended with {child.returncode}:\n{tail}")
 
 
-def _wait_for_memory(seconds: float = 60, settled: float = 4) -> None:
+def _wait_for_memory(seconds: float = 60, settled: float = 10) -> None:
     """Waits until the last engine's GPU memory is free.
 
     Where other programs use the GPU: until for ``settled`` seconds no more gets free.

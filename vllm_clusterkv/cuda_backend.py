@@ -76,7 +76,8 @@ def crossover_len(num_reqs: int, num_kv_heads: int) -> int:
     save in proportion to the batch. On an H100, Llama-3.1-8B's shapes, attention
     between a layer's other kernels, against FLASH_ATTN's (benchmarks/bench_ops.py):
     2,048 tokens at batch 1, 8 and 64 0.93x, 0.99x and 1.16x when sparse, 4,096 tokens
-    1.2x, 1.6x and 2.0x. At batch 1, 4,096 was slower in time per output token.
+    1.2x, 1.6x and 2.0x. At batch 1, 4,096 tokens were slower than that in time per
+    output token (0.94x, commit 6fb9bf3).
 
     Args:
         num_reqs: Decode rows.
@@ -296,6 +297,9 @@ class ClusterKVCUDAMetadataBuilder(AttentionMetadataBuilder[ClusterKVCUDAMetadat
 
     def _min_sparse_len_of(self, num_decodes: int) -> int:
         crossover = crossover_len(num_decodes, self.layout.num_kv_heads)
+        # Measured with a budget of 1,024: larger ones leave less of such a row out.
+        covered = self.config.effective_min_sparse_len(0)
+        crossover = max(crossover, covered + covered // 2)
         return self.config.effective_min_sparse_len(crossover)
 
     def _split(self, batch: CommonAttentionMetadata) -> ClusterKVCUDAMetadata:

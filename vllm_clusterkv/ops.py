@@ -78,12 +78,12 @@ def index_pages(
 
     Per page and KV head: spherical k-means of the keys. Keys far from each other
     start the clusters: the page's first, then again and again the key whose largest
-    cosine to those chosen is least (ties to the lowest row; a key of no length is
-    not chosen). ``num_iters`` rounds assign each key to the centroid of the largest
-    cosine (ties to the lowest cluster) and move each centroid to the mean of its
-    unnormalised keys (an empty cluster stays). The rows are then sorted by cluster,
-    keeping their order within it; means of K and V and the cluster ends are stored.
-    An empty cluster has zero means.
+    cosine to those chosen is least (ties to the lowest row; a key that is zero or
+    not finite is not chosen). ``num_iters`` rounds assign each key to the centroid
+    of the largest cosine (ties to the lowest cluster) and move each centroid to the
+    mean of its unnormalised keys (an empty cluster stays). The rows are then sorted
+    by cluster, keeping their order within it; means of K and V and the cluster ends
+    are stored. An empty cluster has zero means.
 
     Attention over a set of past tokens does not depend on their order, so sorting
     a page changes no result. Deterministic.

@@ -55,13 +55,14 @@ def spread_rows(keys, num_clusters) -> torch.Tensor:
     """Rows far from each other: the first, then again and again the one whose largest
     cosine to those chosen is least, ties to the lowest.
 
-    [..., num_rows, head_size] fp32 -> [..., num_clusters] int64. A key of no length
-    has no direction, and is chosen only if it is the first.
+    [..., num_rows, head_size] fp32 -> [..., num_clusters] int64. A key that is zero, or
+    not finite, has no direction, and is chosen only if it is the first.
     """
     norms = keys.norm(dim=-1, keepdim=True)
-    directions = torch.where(norms > 0, keys / norms, 0)
+    has_direction = (norms > 0) & norms.isfinite()
+    directions = torch.where(has_direction, keys / norms, 0)
     rows = [torch.zeros(keys.shape[:-2], dtype=torch.int64, device=keys.device)]
-    nearest = torch.where(norms[..., 0] > 0, float("-inf"), float("inf"))
+    nearest = torch.where(has_direction[..., 0], float("-inf"), float("inf"))
     for _ in range(num_clusters - 1):
         chosen = directions.take_along_dim(rows[-1][..., None, None], -2)
         nearest = torch.maximum(nearest, (directions @ chosen.mT)[..., 0])

@@ -11,14 +11,17 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.quality import needle_grid, ruler
 from benchmarks.quality.evaluate import Evaluation, make_samples
+from benchmarks.quality.methods import METHODS, make_method
 from benchmarks.quality.plan import complete, make_parser
 from benchmarks.quality.results import Results, summarize, table, write_csv
 from benchmarks.quality.samples import Prompter
 from benchmarks.quality.texts import Texts, load_texts
+from vllm_clusterkv.config import ClusterKVConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,6 +78,8 @@ def _settings(args: argparse.Namespace, texts: Texts) -> dict:
     """What results of one folder have in common."""
     return {
         "model": Path(args.model).name,
+        "weights": _fingerprint(Path(args.model)),
+        "defaults": _defaults(),
         "seed": args.seed,
         "needle_samples": args.needle_samples,
         "depths": args.depths,
@@ -88,6 +93,20 @@ def _settings(args: argparse.Namespace, texts: Texts) -> dict:
         "settings": args.settings,
         "engine_args": args.engine_args,
         "texts": texts.sources,
+    }
+
+
+def _fingerprint(model: Path) -> dict[str, int]:
+    """Bytes of the model's files: another model of the same name shows."""
+    files = sorted([*model.glob("*.safetensors"), *model.glob("*.json")])
+    return {file.name: file.stat().st_size for file in files}
+
+
+def _defaults() -> dict[str, dict]:
+    """What methods mean without settings behind their names."""
+    return {
+        "clusterkv": asdict(ClusterKVConfig()),
+        **{name: asdict(make_method(name)) for name in METHODS},
     }
 
 

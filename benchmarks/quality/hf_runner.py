@@ -143,6 +143,8 @@ class HFModel:
             path, dtype=dtype, attn_implementation=_ATTENTION
         )
         self.model = loaded.to(device).eval()
+        # 16-bit logits would put a floor of .001 nats under every divergence.
+        self._head = self.model.get_output_embeddings().weight.float()
         config = self.model.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
@@ -203,14 +205,13 @@ class HFModel:
             [vocab_size] fp32: logits behind the last token.
         """
         ids = torch.as_tensor(token_ids, device=self.device)[None]
-        output: Any = self.model(
+        output: Any = self.model.base_model(
             input_ids=ids,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
             layer_hook=layer_hook,
         )
-        return output.logits[0, -1].float()
+        return self._head @ output.last_hidden_state[0, -1].float()
 
 
 class HFRunner:

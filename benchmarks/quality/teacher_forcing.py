@@ -127,6 +127,11 @@ def run(
         )
     dense = load(reference)
     forced = dense.token_ids.tolist()
+    if sample.forced is not None and forced != sample.forced:
+        raise ValueError(
+            f"{reference} must be of this text and model, but has other tokens; "
+            "choose another --out"
+        )
     generated = runner.score([sample.prompt], [forced])
     assert generated.scored is not None
     scores = compare(dense, generated.scored[0])

@@ -67,7 +67,7 @@ bool assign(Scratch& s, int64_t head_size) {
       }
       for (int i = 0; i < kStrip; ++i) {
         if (first == 0) {
-          best[i] = similarity[0][i];
+          best[i] = Vec{} - std::numeric_limits<float>::infinity();
           labels[i] = VecInts{};
         }
         for (int c = 0; c < kClusters; ++c) {

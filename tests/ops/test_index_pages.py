@@ -154,6 +154,23 @@ def test_fewer_directions_than_clusters(device):
     assert pairs[:, 0].unique().numel() == pairs[:, 1].unique().numel() == 10
 
 
+@pytest.mark.parametrize("first", [0.0, 3.0])
+def test_starts_of_exact_keys(first, device):
+    """Of equal keys the lowest row starts a cluster, a zero key only if it is first."""
+    case = IndexCase((16,), cases.finest_dtype(device), num_kv_heads=1)
+    rows = random_rows(case)
+    generator = torch.Generator().manual_seed(5)
+    direction = torch.randint(40, (BLOCK_SIZE,), generator=generator)
+    keys = 3 * torch.eye(case.head_size)[direction]
+    keys[torch.randperm(BLOCK_SIZE, generator=generator)[:60]] = 0
+    keys[16] = first * torch.eye(case.head_size)[7]
+    rows[0, 0, :, : case.head_size] = keys
+    actual, blocks = run(case, rows, device, num_iters=1)
+    expected, _ = run(case, rows, "cpu", num_iters=1, module=reference)
+    assert_same_bits(actual.kv_cache[blocks], expected.kv_cache[blocks])
+    assert_same_bits(actual.cluster_ends[blocks], expected.cluster_ends[blocks])
+
+
 @pytest.mark.parametrize("case", cases.INDEX, ids=str)
 def test_one_round_takes_the_largest_cosine(case, device):
     before = random_rows(case)
