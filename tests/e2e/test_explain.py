@@ -180,7 +180,7 @@ def test_heads_that_look_at_the_needle_select_it(explanation, needle):
     assert looking
     for head in looking:
         selected = {i for c in head.clusters if c.selected for i in c.positions}
-        assert selected >= set(digits)
+        assert selected >= {i for i in digits if head.token_mass[i] > 0.01}
 
 
 def test_covering_budget_is_exact(llm, text_ids):
