@@ -20,14 +20,20 @@ import argparse
 import csv
 import itertools
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from plots import plot_decode
-from timing import Side, Timing, last_level_cache_bytes, machine, take_turns
+from timing import (
+    Side,
+    Timing,
+    command_line,
+    last_level_cache_bytes,
+    machine,
+    take_turns,
+)
 
 from vllm_clusterkv import ops
 from vllm_clusterkv.config import ClusterKVConfig
@@ -534,7 +540,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    info = machine() | {"command": sys.argv[1:], "date": time.strftime("%Y-%m-%d")}
+    info = machine() | {"command": command_line(), "date": time.strftime("%Y-%m-%d")}
     print(
         f"{info['cpu']}, {info['torch_threads']} threads, torch {info['torch']}, "
         f"vLLM {info['vllm']}, {args.dtype}"

@@ -34,7 +34,6 @@ import argparse
 import csv
 import dataclasses
 import json
-import sys
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -43,6 +42,7 @@ import torch
 from gpu_baselines import BASELINES, Baseline, Unavailable
 from gpu_layers import Case, IndexCall, LayerProducts, Layers, OpCalls, num_splits
 from gpu_timing import Call, Timing, gpu_machine, measure_bandwidth, take_turns
+from timing import command_line
 from traffic import Load, Shape, bytes_owed
 
 from vllm_clusterkv.config import ClusterKVConfig
@@ -345,7 +345,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    info = gpu_machine() | {"command": sys.argv[1:]}
+    info = gpu_machine() | {"command": command_line()}
     if args.commit:
         info["commit"] = args.commit
     copy_bandwidth = 0.0

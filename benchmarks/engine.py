@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from gpu_timing import gpu_machine, gpu_memory_used_mib
+from timing import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 _ENV = {
@@ -341,7 +342,7 @@ def write_results(
 ) -> None:
     """Writes NAME.csv and NAME.machine.json."""
     info = gpu_machine() | {
-        "command": sys.argv[1:],
+        "command": command_line(),
         "engine_args": {side: engine_args(args, side, **common) for side in facts},
         "engines": facts,
     }

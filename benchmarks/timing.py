@@ -5,6 +5,7 @@
 import os
 import platform
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ def installed_version(*names: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def command_line() -> list[str]:
+    """The process's arguments; of a path on this machine, the name alone."""
+    return [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
 
 
 def commit() -> str | None:

@@ -235,6 +235,20 @@ def test_larger_batches_select_from_shorter_contexts(builder):
     assert min_sparse_lens(builder.build(0, tables.batch(*args))) == [alone]
 
 
+@pytest.mark.parametrize(
+    "num_reqs, expected", [(1, 8192), (3, 8192), (4, 4096), (31, 4096), (32, 2048)]
+)
+def test_crossover(num_reqs, expected):
+    assert crossover_len(num_reqs, num_kv_heads=8) == expected
+
+
+def test_a_budget_that_covers_most_of_a_row_is_not_worth_selecting(builder):
+    builder.config = replace(builder.config, min_sparse_len=None, token_budget=8192)
+    covered = builder.config.effective_min_sparse_len(0)
+    batch = Tables().batch([700], [1], [False], [0])
+    assert min_sparse_lens(builder.build(0, batch)) == [covered + covered // 2]
+
+
 def test_new_kv_cache_is_bound(builder):
     tables = Tables()
     args = ([700], [1], [False], [0])

@@ -9,7 +9,6 @@ maps of the needle grid, dense attention's log-probabilities, and the engines' l
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -114,7 +113,7 @@ def _write(
     args: argparse.Namespace, evaluation: Evaluation, results: Results, seconds: float
 ) -> None:
     from gpu_timing import gpu_machine
-    from timing import machine
+    from timing import command_line, machine
 
     rows = summarize(results.records, Path(args.model).name)
     if rows:
@@ -125,7 +124,7 @@ def _write(
         {
             **machine(),
             **gpu_machine(),
-            "command": sys.argv[1:],
+            "command": command_line(),
             "seconds": round(seconds, 1),
             "engines": evaluation.facts,
         }

@@ -319,17 +319,40 @@ def run(args: argparse.Namespace, results: Results, specs: list[str]) -> None:
                 progress.update()
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
+def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """What measurements on captured attention have in common.
+
+    Args:
+        name: Of the module, in ``benchmarks.quality``.
+        description: One line.
+    """
     made = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality.fidelity",
-        description="What each selection captures of dense attention, on real text.",
+        prog=f"python -m benchmarks.quality.{name}", description=description
     )
     add = made.add_argument
     add("--model", required=True, help="folder of a Hugging Face Llama or Qwen2")
     add("--out", required=True, type=Path, help="folder for the results")
-    add("--context-lens", nargs="+", type=int, default=[4096, 8192], metavar="N")
-    add("--token-budgets", nargs="+", type=int, default=[256, 512, 1024], metavar="N")
+    add("--context-lens", nargs="+", type=int, metavar="N", help="default %(default)s")
+    add("--token-budgets", nargs="+", type=int, metavar="N", help="default %(default)s")
+    add(
+        "--texts",
+        type=Path,
+        default=Path(sysconfig.get_path("stdlib")),
+        help="folder of text files; default the Python standard library's *.py",
+    )
+    add("--every-nth-layer", type=int, default=1, metavar="N")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    return made
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    made = make_parser(
+        "fidelity", "What each selection captures of dense attention, on real text."
+    )
+    made.set_defaults(context_lens=[4096, 8192], token_budgets=[256, 512, 1024])
+    add = made.add_argument
     add(
         "--methods",
         nargs="*",
@@ -344,12 +367,6 @@ def parser() -> argparse.ArgumentParser:
         help="variants of --sweep-base with one setting changed; may be repeated",
     )
     add("--sweep-base", default="ours-tail", help="default %(default)s")
-    add(
-        "--texts",
-        type=Path,
-        default=Path(sysconfig.get_path("stdlib")),
-        help="folder of text files; default the Python standard library's *.py",
-    )
     add("--num-texts", type=int, default=1, help="pieces of the text; default 1")
     add(
         "--offsets",
@@ -360,9 +377,6 @@ def parser() -> argparse.ArgumentParser:
         help=f"decode positions, in spans of {SPAN} tokens; up to 128 for page sweeps, "
         "so that last pages are equally full; default %(default)s",
     )
-    add("--every-nth-layer", type=int, default=1, metavar="N")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     return made
 
 

@@ -26,8 +26,13 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.quality.fidelity import Layer, capture, cut_texts, read_texts
-from benchmarks.quality.fidelity import parser as fidelity_parser
+from benchmarks.quality.fidelity import (
+    Layer,
+    capture,
+    cut_texts,
+    make_parser,
+    read_texts,
+)
 from benchmarks.quality.hf_runner import HFModel
 from benchmarks.quality.methods import make_method
 from benchmarks.quality.methods.ours import Ours, OursIndex
@@ -186,16 +191,9 @@ def with_means(rows: list[dict]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    shared = fidelity_parser()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality.hit_rate",
-        description="What a cache of recently used lines would hit.",
-    )
+    parser = make_parser("hit_rate", "What a cache of recently used lines would hit.")
+    parser.set_defaults(context_lens=[8192], token_budgets=[1024])
     add = parser.add_argument
-    add("--model", required=True, help="folder of a Hugging Face Llama or Qwen2")
-    add("--out", required=True, type=Path, help="folder for hit_rate.csv")
-    add("--context-lens", nargs="+", type=int, default=[8192], metavar="N")
-    add("--token-budgets", nargs="+", type=int, default=[1024], metavar="N")
     add("--method", default="ours-tail", help="with settings; default %(default)s")
     add("--line-rows", nargs="+", type=int, default=[8, 16, 32], metavar="N")
     add(
@@ -208,10 +206,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--steps", type=int, default=128, help="decode steps; default %(default)s")
     add("--warm-up", type=int, default=16, help="steps that do not count")
-    add("--texts", type=Path, default=shared.get_default("texts"))
-    add("--every-nth-layer", type=int, default=1, metavar="N")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args(argv)
     for name, least in (("steps", 2), ("every_nth_layer", 1), ("warm_up", 0)):
         if getattr(args, name) < least:

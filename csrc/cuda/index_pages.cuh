@@ -176,6 +176,18 @@ class PageIndexer {
     held_ = wanted;
   }
 
+  // Calls body(slab) for all slabs of the keys, first for the one in shared memory.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_slab(const Body& body) {
+    const int first = kNumSlabs > 1 ? held_ : 0;
+#pragma unroll 1
+    for (int i = 0; i < kNumSlabs; ++i) {
+      const int slab = first ^ i;
+      if constexpr (kNumSlabs > 1) hold(0, slab);
+      body(slab);
+    }
+  }
+
   __device__ void prefetch_values() const {
     const T* row = rows_ + threadIdx.x * row_stride_ + kHeadSize;
 #pragma unroll
@@ -247,11 +259,7 @@ class PageIndexer {
   __device__ __forceinline__ float dot_with(int chosen) {
     float dots[2][4] = {};
     const int lane = recomputed(lane_);
-    const int first = kNumSlabs > 1 ? held_ : 0;
-#pragma unroll 1
-    for (int i = 0; i < kNumSlabs; ++i) {
-      const int slab = first ^ i;
-      if constexpr (kNumSlabs > 1) hold(0, slab);
+    for_each_slab([&](int slab) {
 #pragma unroll
       for (int k = 0; k < kChunks; k += 2) {
         const uint32_t* low = words(s_.rows[chunk_at(chosen, k)]);
@@ -265,7 +273,7 @@ class PageIndexer {
           mma_m16n8k16<T>(dots[t], keys, columns[0], columns[1]);
         }
       }
-    }
+    });
     const float upper = quad_ % 2 ? dots[1][2] : dots[1][0];
     const float lower = quad_ % 2 ? dots[0][2] : dots[0][0];
     return quad_ / 2 ? upper : lower;
@@ -327,11 +335,7 @@ class PageIndexer {
   __device__ bool assign() {
     float dots[2][2 * kMeanTiles][4] = {};
     const int lane = recomputed(lane_);
-    const int first = kNumSlabs > 1 ? held_ : 0;
-#pragma unroll 1
-    for (int i = 0; i < kNumSlabs; ++i) {
-      const int slab = first ^ i;
-      if constexpr (kNumSlabs > 1) hold(0, slab);
+    for_each_slab([&](int slab) {
 #pragma unroll(kNumClusters > 16 ? 2 : kChunks / 2)
       for (int k = 0; k < kChunks; k += 2) {
         uint32_t keys[2][4];
@@ -352,7 +356,7 @@ class PageIndexer {
           }
         }
       }
-    }
+    });
     // A lane has 4 rows (16 t + 8 u + group) and every cluster 8 j + 2 quad + e.
     Candidate best[2][2];
 #pragma unroll
@@ -471,12 +475,8 @@ class PageIndexer {
   // Moves each mean to its keys; that of an empty cluster stays.
   __device__ void update() {
     float square[kClusterTiles][2] = {};
-    const int first = kNumSlabs > 1 ? held_ : 0;
-#pragma unroll 1
-    for (int i = 0; i < kNumSlabs; ++i) {
-      const int slab = first ^ i;
-      if constexpr (kNumSlabs > 1) hold(0, slab);
-      if (!has_columns()) continue;
+    for_each_slab([&](int slab) {
+      if (!has_columns()) return;
       float sums[kClusterTiles][kColTiles][4];
       sum_clusters(sums);
       for_each_cluster([&](int cluster, int ct, int h) {
@@ -494,7 +494,7 @@ class PageIndexer {
           square[ct][h] += x * x + y * y;
         }
       });
-    }
+    });
     if (!has_columns()) return;
     for_each_cluster([&](int cluster, int ct, int h) {
       float sum = square[ct][h];
