@@ -3,9 +3,11 @@
 //
 // index_pages, a thread block of 256 for each (page, KV head). The page's keys, then
 // its values, are in shared memory (64 KB at head size 128), so that the head's rows
-// are read once and written once: 1 KB a token at head size 128. Both heavy steps of
+// are read once and written once: 1 KB a token at head size 128. The heavy steps of
 // k-means are tensor core products:
 //
+//   seed:   similarity [256] = keys [256 x D] * the key chosen last, M - 1 times;
+//           32 rows a warp, then one a lane, and the least of all by one barrier
 //   assign: similarity [256 x M] = keys [256 x D] * means^T [D x M]; 32 rows a warp
 //   update: sums [M x D] = membership [M x 256] * keys [256 x D]; D / 8 columns a warp
 //
