@@ -68,15 +68,17 @@ inline void check_devices(const Tensor& kv_cache, std::initializer_list<NamedTen
 }
 
 inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids,
-                                 const Tensor& cluster_ends) {
+                                 const Tensor& spreads, const Tensor& cluster_ends) {
   check_dim(kv_cache, "kv_cache", 4);
   check_dim(centroids, "centroids", 5);
+  check_dim(spreads, "spreads", 3);
   check_dim(cluster_ends, "cluster_ends", 3);
   const ScalarType dtype = kv_cache.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float,
       "kv_cache must have dtype BFloat16, Half or Float, got ", torch::headeronly::toString(dtype));
   check_dtype(centroids, "centroids", dtype);
+  check_dtype(spreads, "spreads", dtype);
   check_dtype(cluster_ends, "cluster_ends", ScalarType::Short);
   const int64_t num_blocks = kv_cache.size(0), num_kv_heads = kv_cache.size(1);
   const int64_t block_size = kv_cache.size(2), row_size = kv_cache.size(3);
@@ -94,29 +96,26 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
   check_size(centroids, "centroids", 1, num_kv_heads, "num_kv_heads");
   check_size(centroids, "centroids", 2, 2, "mean keys and mean values");
   check_size(centroids, "centroids", 4, row_size / 2, "head_size");
+  check_size(spreads, "spreads", 0, num_blocks, "num_blocks");
+  check_size(spreads, "spreads", 1, num_kv_heads, "num_kv_heads");
+  check_size(spreads, "spreads", 2, row_size / 2 + num_clusters, "head_size + num_clusters");
   check_size(cluster_ends, "cluster_ends", 0, num_blocks, "num_blocks");
   check_size(cluster_ends, "cluster_ends", 1, num_kv_heads, "num_kv_heads");
   check_size(cluster_ends, "cluster_ends", 2, num_clusters, "num_clusters");
   check_dense_rows(kv_cache, "kv_cache");
   check_dense_rows(centroids, "centroids");
+  check_dense_rows(spreads, "spreads");
   check_dense_rows(cluster_ends, "cluster_ends");
-  return {kv_cache.data_ptr(),
-          centroids.data_ptr(),
-          static_cast<int16_t*>(cluster_ends.data_ptr()),
-          kv_cache.stride(0),
-          kv_cache.stride(1),
-          kv_cache.stride(2),
-          centroids.stride(0),
-          centroids.stride(1),
-          centroids.stride(2),
-          centroids.stride(3),
-          cluster_ends.stride(0),
-          cluster_ends.stride(1),
-          num_blocks,
-          num_kv_heads,
-          block_size,
-          num_clusters,
-          row_size / 2};
+  return {kv_cache.data_ptr(),    centroids.data_ptr(),
+          spreads.data_ptr(),     static_cast<int16_t*>(cluster_ends.data_ptr()),
+          kv_cache.stride(0),     kv_cache.stride(1),
+          kv_cache.stride(2),     centroids.stride(0),
+          centroids.stride(1),    centroids.stride(2),
+          centroids.stride(3),    spreads.stride(0),
+          spreads.stride(1),      cluster_ends.stride(0),
+          cluster_ends.stride(1), num_blocks,
+          num_kv_heads,           block_size,
+          num_clusters,           row_size / 2};
 }
 
 inline DecodeRows check_rows(const SemanticPages& pages, const Tensor& block_table,
@@ -182,14 +181,16 @@ inline void check_num_sink_tokens(const SemanticPages& pages, int64_t num_sink_t
 }
 
 inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& centroids,
-                                          const Tensor& cluster_ends, const Tensor& block_ids,
-                                          const Tensor& num_sink_tokens, int64_t num_iters) {
+                                          const Tensor& spreads, const Tensor& cluster_ends,
+                                          const Tensor& block_ids, const Tensor& num_sink_tokens,
+                                          int64_t num_iters) {
   IndexPagesParams params{};
   check_devices(kv_cache, {{"centroids", centroids},
+                           {"spreads", spreads},
                            {"cluster_ends", cluster_ends},
                            {"block_ids", block_ids},
                            {"num_sink_tokens", num_sink_tokens}});
-  params.pages = check_pages(kv_cache, centroids, cluster_ends);
+  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
   check_dim(block_ids, "block_ids", 1);
   check_dim(num_sink_tokens, "num_sink_tokens", 1);
   check_dtype(block_ids, "block_ids", ScalarType::Int);
@@ -206,7 +207,8 @@ inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& 
 }
 
 inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tensor& kv_cache,
-                                                const Tensor& centroids, const Tensor& cluster_ends,
+                                                const Tensor& centroids, const Tensor& spreads,
+                                                const Tensor& cluster_ends,
                                                 const Tensor& block_table, const Tensor& seq_lens,
                                                 const Tensor& min_sparse_lens, double scale,
                                                 int64_t num_sink_tokens, const Tensor& scores,
@@ -214,13 +216,14 @@ inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tenso
   ScoreClustersParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"centroids", centroids},
+                           {"spreads", spreads},
                            {"cluster_ends", cluster_ends},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
                            {"scores", scores},
                            {"tile_stats", tile_stats}});
-  params.pages = check_pages(kv_cache, centroids, cluster_ends);
+  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
   check_query(params.pages, query, kv_cache, "query");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
@@ -241,20 +244,21 @@ inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tenso
 
 inline SelectClustersParams check_select_clusters(
     const Tensor& scores, const Tensor& tile_stats, const Tensor& kv_cache, const Tensor& centroids,
-    const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
-    const Tensor& min_sparse_lens, int64_t num_sink_tokens, int64_t token_budget,
-    const Tensor& selected, const Tensor& num_attended) {
+    const Tensor& spreads, const Tensor& cluster_ends, const Tensor& block_table,
+    const Tensor& seq_lens, const Tensor& min_sparse_lens, int64_t num_sink_tokens,
+    int64_t token_budget, const Tensor& selected, const Tensor& num_attended) {
   SelectClustersParams params{};
   check_devices(kv_cache, {{"scores", scores},
                            {"tile_stats", tile_stats},
                            {"centroids", centroids},
+                           {"spreads", spreads},
                            {"cluster_ends", cluster_ends},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
                            {"selected", selected},
                            {"num_attended", num_attended}});
-  params.pages = check_pages(kv_cache, centroids, cluster_ends);
+  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
   check_dim(scores, "scores", 3);
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, scores.size(1));
   const int64_t num_clusters = params.pages.num_clusters;
@@ -280,16 +284,15 @@ inline SelectClustersParams check_select_clusters(
   return params;
 }
 
-inline SparseDecodeParams check_sparse_decode(const Tensor& query, const Tensor& kv_cache,
-                                              const Tensor& centroids, const Tensor& cluster_ends,
-                                              const Tensor& block_table, const Tensor& seq_lens,
-                                              const Tensor& min_sparse_lens, const Tensor& scores,
-                                              const Tensor& selected, double scale,
-                                              int64_t num_sink_tokens, bool tail_estimate,
-                                              const Tensor& workspace, const Tensor& output) {
+inline SparseDecodeParams check_sparse_decode(
+    const Tensor& query, const Tensor& kv_cache, const Tensor& centroids, const Tensor& spreads,
+    const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
+    const Tensor& min_sparse_lens, const Tensor& scores, const Tensor& selected, double scale,
+    int64_t num_sink_tokens, bool tail_estimate, const Tensor& workspace, const Tensor& output) {
   SparseDecodeParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"centroids", centroids},
+                           {"spreads", spreads},
                            {"cluster_ends", cluster_ends},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
@@ -298,7 +301,7 @@ inline SparseDecodeParams check_sparse_decode(const Tensor& query, const Tensor&
                            {"selected", selected},
                            {"workspace", workspace},
                            {"output", output}});
-  params.pages = check_pages(kv_cache, centroids, cluster_ends);
+  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
   check_query(params.pages, query, kv_cache, "query");
   check_query(params.pages, output, kv_cache, "output");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));

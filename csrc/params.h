@@ -21,6 +21,8 @@ struct SemanticPages {
   void* kv_cache;         // [num_blocks, num_kv_heads, block_size, 2 * head_size] kv_dtype; K|V
   void* centroids;        // [num_blocks, num_kv_heads, 2, num_clusters, head_size] kv_dtype;
                           // of each head all mean keys, then all mean values
+  void* spreads;          // [num_blocks, num_kv_heads, head_size + num_clusters] kv_dtype;
+                          // of each head the profile, then the clusters' radii
   int16_t* cluster_ends;  // [num_blocks, num_kv_heads, num_clusters]; row after a cluster's last
   int64_t kv_block_stride;
   int64_t kv_head_stride;
@@ -29,6 +31,8 @@ struct SemanticPages {
   int64_t centroid_head_stride;
   int64_t centroid_value_offset;  // from a mean key to its mean value
   int64_t centroid_row_stride;
+  int64_t spread_block_stride;
+  int64_t spread_head_stride;
   int64_t ends_block_stride;
   int64_t ends_head_stride;
   int64_t num_blocks;
@@ -58,7 +62,7 @@ struct IndexPagesParams {
 };
 
 struct ScoreClustersParams {
-  SemanticPages pages;  // centroids and cluster_ends read
+  SemanticPages pages;  // all but kv_cache read
   DecodeRows rows;
   const void* query;  // [num_reqs, num_heads, head_size] kv_dtype
   int64_t query_row_stride;
@@ -102,6 +106,11 @@ struct SparseDecodeParams {
   int64_t output_row_stride;
   int64_t output_head_stride;
 };
+
+// What the variance of a cluster's logits adds to its score:
+// min(kSpreadWeight * (sqrt(1 + variance) - 1), kSpreadMost).
+constexpr float kSpreadWeight = 0.75f;
+constexpr float kSpreadMost = 4.0f;
 
 // Clusters that share an entry of tile_stats: neighbours, of two pages if these have 8.
 constexpr int64_t kTileClusters = 16;

@@ -8,19 +8,23 @@
 
 STABLE_TORCH_LIBRARY(clusterkv, m) {
   m.def(
-      "index_pages(Tensor(a!) kv_cache, Tensor(b!) centroids, Tensor(c!) cluster_ends, "
+      "index_pages(Tensor(a!) kv_cache, Tensor(b!) centroids, Tensor(c!) spreads, "
+      "Tensor(d!) cluster_ends, "
       "Tensor block_ids, Tensor num_sink_tokens, int num_iters) -> ()");
   m.def(
-      "score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
+      "score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor "
+      "cluster_ends, "
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, float scale, "
       "int num_sink_tokens, Tensor(a!) scores, Tensor(b!) tile_stats) -> ()");
   m.def(
       "select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids, "
-      "Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, "
+      "Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor "
+      "min_sparse_lens, "
       "int num_sink_tokens, int token_budget, Tensor(a!) selected, Tensor(b!) num_attended) "
       "-> ()");
   m.def(
-      "sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends, "
+      "sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor "
+      "cluster_ends, "
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, Tensor scores, "
       "Tensor selected, float scale, int num_sink_tokens, bool tail_estimate, "
       "Tensor(a!) workspace, Tensor(b!) output) -> ()");

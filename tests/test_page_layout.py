@@ -16,8 +16,9 @@ SMALL = PageLayout(num_kv_heads=2, head_size=64, num_clusters=16, dtype=BF16)
 def test_bytes_of_the_docstring():
     assert LLAMA.kv_bytes == 1_048_576
     assert LLAMA.centroid_bytes == 65_536
-    assert LLAMA.page_bytes == 1_114_624
-    assert LLAMA.overhead == pytest.approx(0.063, abs=5e-4)
+    assert LLAMA.spread_bytes == 2_304
+    assert LLAMA.page_bytes == 1_116_672
+    assert LLAMA.overhead == pytest.approx(0.065, abs=5e-4)
 
 
 def test_stride_of_a_small_page():
@@ -34,17 +35,23 @@ def test_fields_are_apart_and_in_order(num_kv_heads, head_size, num_clusters, dt
     layout = PageLayout(num_kv_heads, head_size, num_clusters, dtype)
     pages = Pages.poisoned(layout, 2)
     pages.buffer.zero_()
-    fields = {1: pages.kv_cache, 2: pages.centroids, 4: pages.cluster_ends}
+    fields = {
+        1: pages.kv_cache,
+        2: pages.centroids,
+        4: pages.spreads,
+        8: pages.cluster_ends,
+    }
     for number, field in fields.items():
         assert field.untyped_storage().data_ptr() == pages.buffer.data_ptr()
         byte_view(pages, field).add_(number)
     ends_bytes = 2 * num_kv_heads * num_clusters
-    used = layout.kv_bytes + layout.centroid_bytes + ends_bytes
-    expected = torch.tensor([1, 2, 4, 0], dtype=torch.int8).repeat_interleave(
+    used = layout.used_bytes
+    expected = torch.tensor([1, 2, 4, 8, 0], dtype=torch.int8).repeat_interleave(
         torch.tensor(
             [
                 layout.kv_bytes,
                 layout.centroid_bytes,
+                layout.spread_bytes,
                 ends_bytes,
                 layout.page_bytes - used,
             ]
@@ -72,14 +79,17 @@ def test_wider_pages_and_an_offset():
     kv_cache = storage.as_strided(
         (3, 2, BLOCK_SIZE, 128), (stride, 256 * 128, 128, 1), offset
     )
-    centroids, cluster_ends = SMALL.index_views(kv_cache)
+    centroids, spreads, cluster_ends = SMALL.index_views(kv_cache)
     centroids[1] = 5
+    spreads[1] = 6
     cluster_ends[1] = 7
     start = offset + stride + SMALL.kv_bytes // 2
-    ends = start + SMALL.centroid_bytes // 2
-    assert (storage[start:ends] == 5).all()
+    middle = start + SMALL.centroid_bytes // 2
+    ends = middle + SMALL.spread_bytes // 2
+    assert (storage[start:middle] == 5).all()
+    assert (storage[middle:ends] == 6).all()
     assert (storage.view(torch.int16)[ends : ends + 32] == 7).all()
-    assert storage.count_nonzero() == 2 * 16 * 128 + 32
+    assert storage.count_nonzero() == 2 * 16 * 128 + 2 * 80 + 32
 
 
 @pytest.mark.parametrize(

@@ -110,13 +110,26 @@ class AttentionProbe:
         ops.index_pages = self._op
 
     def _index_pages(
-        self, kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters
+        self,
+        kv_cache,
+        centroids,
+        spreads,
+        cluster_ends,
+        block_ids,
+        num_sink_tokens,
+        num_iters,
     ) -> None:
         """``ops.index_pages``, and a note of where the rows went."""
         blocks = block_ids[block_ids >= 0].long()
         before = kv_cache[blocks]
         self._op(
-            kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters
+            kv_cache,
+            centroids,
+            spreads,
+            cluster_ends,
+            block_ids,
+            num_sink_tokens,
+            num_iters,
         )
         origins = match_rows(before, kv_cache[blocks])
         for block, origin in zip(blocks.tolist(), origins, strict=True):

@@ -115,6 +115,7 @@ class SemanticPages:
 
     kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]
     centroids: torch.Tensor  # [num_blocks, num_kv_heads, 2, num_clusters, head_size]
+    spreads: torch.Tensor  # [num_blocks, num_kv_heads, head_size + num_clusters]
     cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
 
 
@@ -271,7 +272,7 @@ def _decode_rows(
     scores, tile_stats, selected, num_attended, workspace = scratch.shape(
         len(query), max_clusters
     )
-    index = (pages.kv_cache, pages.centroids, pages.cluster_ends)
+    index = (pages.kv_cache, pages.centroids, pages.spreads, pages.cluster_ends)
     rows = (metadata.block_table, metadata.seq_lens, metadata.min_sparse_lens)
     ops.score_clusters(
         query, *index, *rows, scale, config.num_sink_tokens, scores, tile_stats
@@ -321,6 +322,7 @@ def index_completed_pages(
     ops.index_pages(
         pages.kv_cache,
         pages.centroids,
+        pages.spreads,
         pages.cluster_ends,
         completed.block_ids,
         completed.num_sink_tokens,

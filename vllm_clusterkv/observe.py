@@ -25,6 +25,7 @@ class DecodeStep:
     query: torch.Tensor
     kv_cache: torch.Tensor
     centroids: torch.Tensor
+    spreads: torch.Tensor
     cluster_ends: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor

@@ -11,6 +11,11 @@ Shapes used throughout:
     kv_cache:     [num_blocks, num_kv_heads, block_size, 2 * head_size] bf16|fp16|fp32
     centroids:    [num_blocks, num_kv_heads, 2, num_clusters, head_size], as kv_cache.
                   Of each KV head all mean keys, then all mean values.
+    spreads:      [num_blocks, num_kv_heads, head_size + num_clusters], as kv_cache.
+                  How far keys are from the means of their clusters. Of each KV head
+                  the *profile*: the variance in each dimension, over the mean of the
+                  dimensions' variances. Then each cluster's *radius*: the root of its
+                  variance's mean over the dimensions.
     cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16. Cluster ``c`` of a
                   page is its rows ``ends[c-1]`` to ``ends[c] - 1``; the first cluster
                   begins at row 0, or behind the sinks in a request's first page.
@@ -69,6 +74,7 @@ HAS_CUDA_KERNELS = _load_cuda_kernels()
 def index_pages(
     kv_cache: torch.Tensor,
     centroids: torch.Tensor,
+    spreads: torch.Tensor,
     cluster_ends: torch.Tensor,
     block_ids: torch.Tensor,
     num_sink_tokens: torch.Tensor,
@@ -82,8 +88,8 @@ def index_pages(
     not finite is not chosen). ``num_iters`` rounds assign each key to the centroid
     of the largest cosine (ties to the lowest cluster) and move each centroid to the
     mean of its unnormalised keys (an empty cluster stays). The rows are then sorted
-    by cluster, keeping their order within it; means of K and V and the cluster ends
-    are stored. An empty cluster has zero means.
+    by cluster, keeping their order within it; means of K and V, the spreads of K and
+    the cluster ends are stored. An empty cluster has zero means and no radius.
 
     Attention over a set of past tokens does not depend on their order, so sorting
     a page changes no result. Deterministic.
@@ -91,6 +97,7 @@ def index_pages(
     Args:
         kv_cache: Rows of the listed pages are permuted, K with its V.
         centroids: Receives the means, computed in fp32.
+        spreads: Receives the spreads, computed in fp32.
         cluster_ends: Receives the ends.
         block_ids: [num_pages] int32. Pages to index, each once; -1 entries are skipped.
         num_sink_tokens: [num_pages] int32. Rows at the page's start that stay where
@@ -102,7 +109,13 @@ def index_pages(
     by Gonzalez's farthest-first traversal; clustering within a page is this work.
     """
     torch.ops.clusterkv.index_pages.default(
-        kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters
+        kv_cache,
+        centroids,
+        spreads,
+        cluster_ends,
+        block_ids,
+        num_sink_tokens,
+        num_iters,
     )
 
 
@@ -110,6 +123,7 @@ def score_clusters(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     centroids: torch.Tensor,
+    spreads: torch.Tensor,
     cluster_ends: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -121,12 +135,18 @@ def score_clusters(
 ) -> None:
     """Scores every cluster of every sparse row's indexed pages.
 
-    ``scores[r, h, c] = scale * query[r, h] . mean_key[c]``, with the means of query
-    head ``h``'s KV head. For the softmax of the next op, ``tile_stats[r, h, t]`` is, of
-    tile ``t``'s clusters that have tokens, the max of ``scores`` and the sum of
-    ``count[c] * exp(scores[r, h, c] - max)``: ``(-inf, 0)`` if none has. A row's last
-    tile may reach beyond its clusters, which then count as empty; tiles that lie
-    beyond them are not written. Where such a score is NaN or infinite, both may be NaN.
+    ``scores[r, h, c]`` is ``scale * query[r, h] . mean_key[c]``, with the means of
+    query head ``h``'s KV head, and what the spread of the keys around the mean adds,
+    ``min(0.75 * (sqrt(1 + variance) - 1), 4)``. ``variance`` is that of the logits of
+    the cluster's keys, as its page's profile has it: ``radius[c]**2 * sum((scale *
+    query[r, h])**2 * profile)``. A score estimates the logarithm of the keys' mean
+    weight.
+
+    For the softmax of the next op, ``tile_stats[r, h, t]`` is, of tile ``t``'s clusters
+    that have tokens, the max of ``scores`` and the sum of ``count[c] *
+    exp(scores[r, h, c] - max)``: ``(-inf, 0)`` if none has. A row's last tile may reach
+    beyond its clusters, which then count as empty; tiles that lie beyond them are not
+    written. Where such a score is NaN or infinite, both may be NaN.
 
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
@@ -136,12 +156,14 @@ def score_clusters(
         tile_stats: [num_reqs, num_heads, num_tiles, 2] fp32, contiguous. Written: max
             and sum of each tile.
 
-    Source: ClusterKV (arXiv 2412.03213), selection by inner product.
+    Source: ClusterKV (arXiv 2412.03213), selection by inner product; the spread is this
+    work.
     """
     torch.ops.clusterkv.score_clusters.default(
         query,
         kv_cache,
         centroids,
+        spreads,
         cluster_ends,
         block_table,
         seq_lens,
@@ -158,6 +180,7 @@ def select_clusters(
     tile_stats: torch.Tensor,
     kv_cache: torch.Tensor,
     centroids: torch.Tensor,
+    spreads: torch.Tensor,
     cluster_ends: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -197,6 +220,7 @@ def select_clusters(
         tile_stats,
         kv_cache,
         centroids,
+        spreads,
         cluster_ends,
         block_table,
         seq_lens,
@@ -212,6 +236,7 @@ def sparse_decode(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     centroids: torch.Tensor,
+    spreads: torch.Tensor,
     cluster_ends: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -255,6 +280,7 @@ def sparse_decode(
         query,
         kv_cache,
         centroids,
+        spreads,
         cluster_ends,
         block_table,
         seq_lens,

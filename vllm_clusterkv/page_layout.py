@@ -4,6 +4,7 @@
 
     page  = [ num_kv_heads ][ block_size rows ][ K | V ]    what vLLM's view shows
     index = [ num_kv_heads ][ mean K | mean V ][ num_clusters ][ head_size ]
+            [ num_kv_heads ][ profile of head_size | num_clusters radii ]
             [ num_kv_heads ][ num_clusters ] int16 cluster ends
     padding to a multiple of 512 bytes
 
@@ -13,7 +14,7 @@ describes. A recycled page keeps the bytes of its former owner: an index is vali
 if, and only if, the page is complete.
 
 Llama-3.1-8B in bf16 (8 KV heads of 128, 16 clusters): K and V 1,048,576 bytes,
-index 65,536 + 256 bytes, padded page 1,114,624 bytes (6.3% more).
+index 65,536 + 2,304 + 256 bytes, page 1,116,672 bytes (6.5% more).
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class PageLayout:
         num_kv_heads: KV heads of this rank.
         head_size: Elements of a key, and of a value.
         num_clusters: Clusters a page and KV head: 8, 16 or 32.
-        dtype: Element type of keys, values and means.
+        dtype: Element type of keys, values, means and spreads.
     """
 
     num_kv_heads: int
@@ -67,18 +68,33 @@ class PageLayout:
         )
 
     @property
+    def spread_bytes(self) -> int:
+        """Bytes of the spreads of keys around their means in a page's index."""
+        return (
+            self.num_kv_heads
+            * (self.head_size + self.num_clusters)
+            * self.dtype.itemsize
+        )
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of a page with its index, but for the padding."""
+        ends_bytes = self.num_kv_heads * self.num_clusters * torch.int16.itemsize
+        return self.kv_bytes + self.centroid_bytes + self.spread_bytes + ends_bytes
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of a page with its index: vLLM's ``page_size_padded``."""
-        ends_bytes = self.num_kv_heads * self.num_clusters * torch.int16.itemsize
-        used = self.kv_bytes + self.centroid_bytes + ends_bytes
-        return -(-used // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return -(-self.used_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
     @property
     def overhead(self) -> float:
         """Index bytes as a share of the bytes of keys and values."""
         return self.page_bytes / self.kv_bytes - 1
 
-    def index_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def index_views(
+        self, kv_cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views of the index areas behind the pages of one layer.
 
         Args:
@@ -88,6 +104,8 @@ class PageLayout:
         Returns:
             centroids: [num_blocks, num_kv_heads, 2, num_clusters, head_size] dtype.
                 Of each head all mean keys, then all mean values.
+            spreads: [num_blocks, num_kv_heads, head_size + num_clusters] dtype. Of each
+                head the profile, then the clusters' radii.
             cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16.
 
         Raises:
@@ -129,11 +147,18 @@ class PageLayout:
             ),
             offset,
         )
+        spread_size = self.head_size + self.num_clusters
+        spreads = kv_cache.as_strided(
+            (num_blocks, self.num_kv_heads, spread_size),
+            (block_stride, spread_size, 1),
+            offset + self.centroid_bytes // self.dtype.itemsize,
+        )
         ends_offset = offset * self.dtype.itemsize + self.centroid_bytes
+        ends_offset += self.spread_bytes
         cluster_ends = torch.empty(0, dtype=torch.int16, device=kv_cache.device).set_(
             kv_cache.untyped_storage(),
             ends_offset // torch.int16.itemsize,
             (num_blocks, self.num_kv_heads, self.num_clusters),
             (block_bytes // torch.int16.itemsize, self.num_clusters, 1),
         )
-        return centroids, cluster_ends
+        return centroids, spreads, cluster_ends

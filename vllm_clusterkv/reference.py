@@ -9,9 +9,18 @@ import torch
 
 from vllm_clusterkv.page_layout import TILE_CLUSTERS, num_tiles
 
+SPREAD_WEIGHT, SPREAD_MOST = 0.75, 4.0
+"""Of ``spread_score``; docs/quality.md has how they were chosen."""
+
 
 def index_pages(
-    kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters
+    kv_cache,
+    centroids,
+    spreads,
+    cluster_ends,
+    block_ids,
+    num_sink_tokens,
+    num_iters,
 ) -> None:
     """See ``ops.index_pages``."""
     num_clusters = centroids.shape[3]
@@ -27,6 +36,7 @@ def index_pages(
                 members = rows[labels == c]
                 mean = members.mean(0) if len(members) else torch.zeros_like(rows[0])
                 centroids[block, head, :, c] = mean.view(2, head_size)
+            spreads[block, head] = key_spread(keys, labels, num_clusters)
             counts = torch.bincount(labels, minlength=num_clusters)
             cluster_ends[block, head] = sinks + counts.cumsum(0)
             # Last: in fp32, rows and keys are views of the cache.
@@ -49,6 +59,46 @@ def cluster_keys(keys, num_clusters, num_iters) -> torch.Tensor:
             ]
         )
     return labels
+
+
+def key_spread(keys, labels, num_clusters) -> torch.Tensor:
+    """How keys spread around the means of their clusters.
+
+    Args:
+        keys: [num_rows, head_size] fp32.
+        labels: [num_rows] int64.
+
+    Returns:
+        [head_size + num_clusters] fp32. The profile: the keys' variance in each
+        dimension, over its mean over the dimensions. The radii: of each cluster the
+        root of its variance's mean over the dimensions, 0 if it is empty.
+    """
+    members = torch.nn.functional.one_hot(labels, num_clusters).T.float()
+    counts = members.sum(1, keepdim=True).clamp(min=1)
+    squares = (keys - (members @ keys / counts)[labels]) ** 2
+    variances = squares.mean(0)
+    profile = torch.where(variances.mean() > 0, variances / variances.mean(), 0)
+    radii = (members @ squares / counts).mean(1).sqrt()
+    return torch.cat([profile, radii])
+
+
+def spread_score(query, spreads, scale, head_size) -> torch.Tensor:
+    """What the spread of its keys adds to a cluster's score.
+
+    exp() makes the weights of keys around a mean sum to more than the mean's. Of
+    normal logits that is half their variance more in the logarithm, which overshoots,
+    since few keys cannot have a normal distribution's tail.
+
+    Args:
+        query: [..., head_size] fp32.
+        spreads: [..., head_size + num_clusters] fp32.
+
+    Returns:
+        [..., num_clusters] fp32.
+    """
+    profile, radii = spreads[..., :head_size], spreads[..., head_size:]
+    variances = ((scale * query) ** 2 * profile).sum(-1, keepdim=True) * radii**2
+    return (SPREAD_WEIGHT * ((1 + variances).sqrt() - 1)).clamp(max=SPREAD_MOST)
 
 
 def spread_rows(keys, num_clusters) -> torch.Tensor:
@@ -80,6 +130,7 @@ def score_clusters(
     query,
     kv_cache,
     centroids,
+    spreads,
     cluster_ends,
     block_table,
     seq_lens,
@@ -100,6 +151,10 @@ def score_clusters(
             mean_keys = centroids[blocks, head // group, 0].float()
             mean_keys = mean_keys.reshape(-1, head_size)  # [row's clusters, head_size]
             row = scale * (mean_keys @ query[req, head].float())
+            spread = spreads[blocks, head // group].float()
+            row += spread_score(
+                query[req, head].float(), spread, scale, head_size
+            ).flatten()
             scores[req, head, : len(row)] = row
             ends = cluster_ends[blocks, head // group]
             stats = softmax_stats(row, cluster_sizes(ends, num_sink_tokens))
@@ -133,6 +188,7 @@ def select_clusters(
     tile_stats,
     kv_cache,
     centroids,
+    spreads,
     cluster_ends,
     block_table,
     seq_lens,
@@ -190,6 +246,7 @@ def sparse_decode(
     query,
     kv_cache,
     centroids,
+    spreads,
     cluster_ends,
     block_table,
     seq_lens,

@@ -26,6 +26,7 @@ struct Scratch {
   std::vector<float> keys_by_dim;  // [head_size, padded_rows]
   std::vector<float> centroids;    // [num_clusters, head_size]
   std::vector<float> directions;   // [head_size, num_clusters], centroids / their norms
+  std::vector<float> spread;       // [head_size + num_clusters]
   std::vector<float> values;       // [num_clusters, head_size], means of V
   std::vector<float> value;        // [head_size]
   std::vector<float> inverses;     // [padded_rows], 1 / norms of the keys
@@ -187,6 +188,36 @@ void cluster_keys(int64_t head_size, int64_t num_iters, Scratch& s) {
   }
 }
 
+// How keys spread around their means: by dimension, over the mean of the dimensions (the
+// profile), and of each cluster the root of the mean square (the radius).
+template <typename T>
+void store_spread(Scratch& s, int64_t head_size, int64_t num_clusters, T* spreads) {
+  s.spread.assign(head_size + num_clusters, 0.0f);
+  float* variances = s.spread.data();
+  float* squares = variances + head_size;
+  for (int64_t row = 0; row < s.num_rows; ++row) {
+    const float* key = s.keys.data() + row * head_size;
+    const float* mean = s.centroids.data() + s.labels[row] * head_size;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < head_size; ++d) {
+      const float square = (key[d] - mean[d]) * (key[d] - mean[d]);
+      variances[d] += square;
+      sum += square;
+    }
+    squares[s.labels[row]] += sum;
+  }
+  float total = 0.0f;
+  for (int64_t c = 0; c < num_clusters; ++c) {
+    total += squares[c];
+    const float elements = static_cast<float>(s.counts[c] * head_size);
+    squares[c] = s.counts[c] > 0 ? std::sqrt(squares[c] / elements) : 0.0f;
+  }
+  const float factor = total > 0.0f ? static_cast<float>(head_size) / total : 0.0f;
+  scale_row(factor, variances, head_size);
+  store_row(s.spread.data(), spreads, head_size + num_clusters);
+}
+
 template <typename T, int kNumClusters>
 void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t num_sinks,
                 int64_t num_iters, Scratch& s, std::vector<T>& sorted) {
@@ -221,6 +252,9 @@ void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t
   for (int64_t row = 0; row < s.num_rows; ++row) {
     std::copy_n(sorted.data() + row * row_size, row_size, rows + row * pages.kv_row_stride);
   }
+  store_spread(s, head_size, kNumClusters,
+               static_cast<T*>(pages.spreads) + block * pages.spread_block_stride +
+                   head * pages.spread_head_stride);
   // The centroids of the last round are the means of K, but for empty clusters.
   T* means = static_cast<T*>(pages.centroids) + block * pages.centroid_block_stride +
              head * pages.centroid_head_stride;
@@ -264,10 +298,10 @@ void index_pages_kernel(const IndexPagesParams& p) {
   });
 }
 
-void index_pages(Tensor kv_cache, Tensor centroids, Tensor cluster_ends, Tensor block_ids,
-                 Tensor num_sink_tokens, int64_t num_iters) {
-  const IndexPagesParams params =
-      check_index_pages(kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters);
+void index_pages(Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor cluster_ends,
+                 Tensor block_ids, Tensor num_sink_tokens, int64_t num_iters) {
+  const IndexPagesParams params = check_index_pages(kv_cache, centroids, spreads, cluster_ends,
+                                                    block_ids, num_sink_tokens, num_iters);
   for (int64_t i = 0; i < params.num_pages; ++i) {
     const int64_t block = params.block_ids[i], sinks = params.num_sink_tokens[i];
     STD_TORCH_CHECK(block >= -1 && block < params.pages.num_blocks, "block_ids[", i,

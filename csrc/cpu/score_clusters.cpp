@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -54,6 +55,31 @@ void write_tile_stats(const float* scores, const float* tokens, float* stats) {
   }
 }
 
+// Adds to a page's scores what the spread of its keys does.
+//   query: [group, head_size] fp32, scaled
+//   spreads: [head_size + num_clusters], of the page and KV head
+//   scores: [group, num_clusters], rows max_clusters apart
+template <typename T>
+void add_spread(const float* query, const T* spreads, const SemanticPages& pages, int64_t group,
+                int64_t max_clusters, float* profile, float* scores) {
+  const int64_t head_size = pages.head_size, num_clusters = pages.num_clusters;
+  float* radii = profile + head_size;
+  load_packed(spreads, profile, head_size);  // in the order of the query
+  load_row(spreads + head_size, radii, num_clusters);
+  for (int64_t g = 0; g < group; ++g) {
+    const float* q = query + g * head_size;
+    float variance = 0.0f;
+#pragma omp simd reduction(+ : variance)
+    for (int64_t d = 0; d < head_size; ++d) variance += q[d] * q[d] * profile[d];
+    float* of_head = scores + g * max_clusters;
+#pragma omp simd
+    for (int64_t c = 0; c < num_clusters; ++c) {
+      const float root = std::sqrt(1.0f + variance * radii[c] * radii[c]);
+      of_head[c] += std::min(kSpreadWeight * (root - 1.0f), kSpreadMost);
+    }
+  }
+}
+
 template <typename T>
 void score_clusters_kernel(const ScoreClustersParams& p) {
   const SemanticPages& pages = p.pages;
@@ -66,6 +92,7 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
   torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> query(group * head_size);
     std::vector<float> tokens(kPagesPerTask * pages.num_clusters);
+    std::vector<float> profile(head_size + pages.num_clusters);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks % pages.num_kv_heads;
       const int64_t req = task / chunks / pages.num_kv_heads;
@@ -88,11 +115,17 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
         return static_cast<const T*>(pages.centroids) + block * pages.centroid_block_stride +
                head * pages.centroid_head_stride;
       };
+      const auto spreads_of = [&](int64_t page) {
+        const int64_t block = rows.block_table[req * rows.block_table_stride + page];
+        return static_cast<const T*>(pages.spreads) + block * pages.spread_block_stride +
+               head * pages.spread_head_stride;
+      };
       // Every page is a new place in memory: find all of them before reading any.
       const int64_t first_page = chunk * kPagesPerTask;
       for (int64_t page = first_page; page < last; ++page) {
         prefetch(centroids_of(page), 1);
         prefetch(centroids_of(page) + (pages.num_clusters - 1) * pages.centroid_row_stride, 1);
+        prefetch(spreads_of(page), head_size + pages.num_clusters);
         prefetch(ends_of_page(pages, rows, req, head, page), pages.num_clusters);
       }
       for (int64_t page = first_page; page < last; ++page) {
@@ -108,6 +141,8 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
                                              out + first * p.max_clusters, p.max_clusters);
           });
         }
+        add_spread(query.data(), spreads_of(page), pages, group, p.max_clusters, profile.data(),
+                   scores + page * pages.num_clusters);
         count_page_tokens(ends_of_page(pages, rows, req, head, page), pages.num_clusters, page,
                           p.num_sink_tokens,
                           tokens.data() + (page - first_page) * pages.num_clusters);
@@ -134,11 +169,12 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
   });
 }
 
-void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor cluster_ends,
-                    Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, double scale,
-                    int64_t num_sink_tokens, Tensor scores, Tensor tile_stats) {
+void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
+                    Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
+                    Tensor min_sparse_lens, double scale, int64_t num_sink_tokens, Tensor scores,
+                    Tensor tile_stats) {
   const ScoreClustersParams params =
-      check_score_clusters(query, kv_cache, centroids, cluster_ends, block_table, seq_lens,
+      check_score_clusters(query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
                            min_sparse_lens, scale, num_sink_tokens, scores, tile_stats);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
                               score_clusters_kernel<scalar_t>(params));

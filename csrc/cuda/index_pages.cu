@@ -52,10 +52,10 @@ void with_head_size(const LaunchContext& context, const IndexPagesParams& params
   }
 }
 
-void index_pages(Tensor kv_cache, Tensor centroids, Tensor cluster_ends, Tensor block_ids,
-                 Tensor num_sink_tokens, int64_t num_iters) {
-  const IndexPagesParams params =
-      check_index_pages(kv_cache, centroids, cluster_ends, block_ids, num_sink_tokens, num_iters);
+void index_pages(Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor cluster_ends,
+                 Tensor block_ids, Tensor num_sink_tokens, int64_t num_iters) {
+  const IndexPagesParams params = check_index_pages(kv_cache, centroids, spreads, cluster_ends,
+                                                    block_ids, num_sink_tokens, num_iters);
   STD_TORCH_CHECK(params.pages.block_size == kPageRows, kOp, ": pages must be of ", kPageRows,
                   " tokens on CUDA, got ", params.pages.block_size);
   const SemanticPages& pages = params.pages;

@@ -111,6 +111,16 @@ def test_rows_are_permuted_and_described(case, make_rows, device):
         means = members.float() @ rows[sinks:].float() / counts
         assert_close(stored, means, means.to(case.dtype))
         assert (stored[members.sum(1) == 0] == 0).all()
+        keys = rows[sinks:, : case.head_size].float()
+        spread = reference.key_spread(keys, labels, len(stored))
+        # Kernels may take a variance as a difference of two squares.
+        cancelled = 1e-6 * (keys**2).mean() / spread[case.head_size :].square().mean()
+        torch.testing.assert_close(
+            pages.spreads[blocks[page], head].float(),
+            spread,
+            rtol=0.51 * torch.finfo(case.dtype).eps + 1e-5 + float(cancelled),
+            atol=1e-6,
+        )
 
 
 @pytest.mark.parametrize("case", cases.INDEX, ids=str)
@@ -123,8 +133,7 @@ def test_nothing_else_is_written(case, device):
     others[blocks] = False
     assert torch.equal(after[others], before[others])
     layout = pages.layout
-    used = layout.kv_bytes + layout.centroid_bytes
-    used += 2 * layout.num_kv_heads * layout.num_clusters  # int16 cluster ends
+    used = layout.used_bytes
     assert torch.equal(after[:, used:], before[:, used:])
 
 

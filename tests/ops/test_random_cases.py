@@ -93,6 +93,7 @@ def check_index(case, pages, block_ids, sinks) -> list[float]:
     members = F.one_hot(labels, ends.shape[2]).mT.float()  # [P, H, C, 256]
     members *= ~is_sink[:, :, None]
     check_means(pages.centroids[blocks], members, new.float())
+    check_spreads(pages.spreads[blocks], members, new[..., : case.head_size].float())
     keys = old[..., : case.head_size].float()
     by_origin = torch.empty_like(labels).scatter(2, origin, labels)  # [P, H, 256]
     looser_by = []
@@ -114,8 +115,7 @@ def assert_only_listed_pages_are_written(before, after, blocks):
     others = torch.ones(len(old), dtype=torch.bool, device=old.device)
     others[blocks] = False
     assert torch.equal(old[others], new[others])
-    used = layout.kv_bytes + layout.centroid_bytes
-    used += 2 * layout.num_kv_heads * layout.num_clusters  # int16 cluster ends
+    used = layout.used_bytes
     assert torch.equal(old[:, used:], new[:, used:])
 
 
@@ -136,6 +136,37 @@ def check_means(stored, members, rows):
     bound += info.smallest_normal * info.eps
     assert_within(actual, means, bound)
     assert (actual[members.sum(3) == 0] == 0).all()
+
+
+def check_spreads(stored, members, keys):
+    """Profile and radii within half a unit in the last place, and fp32 sums.
+
+    Args:
+        stored: [P, H, D + C].
+        members: As ``check_means``.
+        keys: [P, H, 256, D] fp32.
+    """
+    head_size, info = keys.shape[3], torch.finfo(stored.dtype)
+    counts = members.sum(3, keepdim=True).clamp(min=1)  # [P, H, C, 1]
+    means = members @ keys / counts
+    is_member = members.sum(2)[..., None]  # [P, H, 256, 1]
+    squares = ((keys - members.mT @ means) ** 2).double() * is_member
+    # A variance may be the difference of two mean squares.
+    lost = 32 * FP32_EPS * (keys**2).double() * is_member
+    variances, slack = squares.sum(2), lost.sum(2)  # [P, H, D]
+    mean = variances.mean(2, keepdim=True).clamp(min=1e-300)
+    profile = variances / mean
+    bound = (0.51 * info.eps + 32 * FP32_EPS) * profile
+    bound += (slack + profile * slack.mean(2, keepdim=True)) / mean
+    bound += info.smallest_normal
+    assert_within(stored[..., :head_size].double(), profile, bound)
+    of_cluster = (members.double() @ squares / counts).mean(3)  # [P, H, C]
+    slack = (members.double() @ lost / counts).mean(3)
+    radii = of_cluster.sqrt()
+    bound = (of_cluster + slack).sqrt() - radii
+    bound += radii - (of_cluster - slack).clamp(min=0).sqrt()
+    bound += (0.51 * info.eps + 8 * FP32_EPS) * (radii + bound) + info.smallest_normal
+    assert_within(stored[..., head_size:].double(), radii, bound)
 
 
 def check_clusters(keys, labels, num_clusters, num_iters) -> list[float]:

@@ -45,8 +45,11 @@ def scores_by_einsum(inputs):
         blocks = inputs.block_table[req, : inputs.num_indexed(req)]
         means = inputs.pages.centroids[blocks, :, 0].float()
         query = inputs.query[req].float().unflatten(0, (means.shape[1], -1))
-        row = torch.einsum("hgd,phcd->hgpc", query, means).flatten(2).flatten(0, 1)
-        scores[req, :, : inputs.num_live(req)] = inputs.scale * row
+        row = inputs.scale * torch.einsum("hgd,phcd->hgpc", query, means)
+        spreads = inputs.pages.spreads[blocks].float().unflatten(1, (-1, 1))
+        spread = reference.spread_score(query, spreads, inputs.scale, query.shape[2])
+        row += spread.permute(1, 2, 0, 3)  # from [pages, H, G, C]
+        scores[req, :, : inputs.num_live(req)] = row.flatten(2).flatten(0, 1)
     return scores
 
 
@@ -75,6 +78,7 @@ def test_every_finite_16_bit_value_is_read_exactly(dtype, device):
     means = means.view(num_pages, 1, 16, 64)
     pages = Pages.poisoned(layout, num_pages + 1)
     pages.centroids[:num_pages, :, 0] = means
+    pages.spreads.zero_()
     pages = pages.to(device)
     pages.cluster_ends[:] = torch.arange(16, 257, 16, device=device).short()
     scores = torch.empty(4, 16, (num_pages + 1) * 16, device=device)
@@ -126,7 +130,7 @@ def assert_stats(actual, expected):
 
 
 def one_hot_inputs(num_pages, tokens_per_cluster, num_sink_tokens, logits):
-    """One row and head, whose cluster ``c`` has the score ``logits[c]``."""
+    """One row and head, whose cluster ``c`` has the score ``logits[c]``; no spread."""
     case = cases.DecodeCase(
         (num_pages * 256 + 1,),
         num_kv_heads=1,
@@ -143,7 +147,27 @@ def one_hot_inputs(num_pages, tokens_per_cluster, num_sink_tokens, logits):
     means[:] = 0
     means[..., 0] = torch.tensor(logits, dtype=means.dtype).view(num_pages, -1)
     inputs.pages.centroids[blocks, 0, 0] = means
+    inputs.pages.spreads[blocks] = 0
     return inputs, blocks
+
+
+@pytest.mark.parametrize("tokens_per_cluster", [8, 16, 32])
+def test_spreads_by_hand(tokens_per_cluster, device):
+    """By page and cluster; from none to the most that there may be."""
+    inputs, blocks = one_hot_inputs(
+        3, tokens_per_cluster, 0, [2.0] * (3 * 256 // tokens_per_cluster)
+    )
+    num_clusters = 256 // tokens_per_cluster
+    inputs.query[..., 1] = -2
+    profile = torch.zeros(3, 1, 64)
+    profile[:, 0, :2] = torch.tensor([[3, 0.25], [0, 2], [8, 8]])
+    radii = torch.arange(num_clusters).float().expand(3, 1, -1) / 2
+    inputs.pages.spreads[blocks] = torch.cat([profile, radii], 2).bfloat16()
+    scores = inputs.to(device).score(ops)[0, 0, : 3 * num_clusters].view(3, -1)
+    variances = torch.tensor([[4.0], [8], [40]]) * radii[0] ** 2
+    added = (0.75 * ((1 + variances).sqrt() - 1)).clamp(max=4)
+    assert (added == 4).any() and (added[:, 0] == 0).all()
+    torch.testing.assert_close(scores.cpu(), 2 + added)
 
 
 def test_tile_stats_by_hand(device):

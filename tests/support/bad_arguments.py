@@ -52,9 +52,11 @@ def with_size(dim, size):
 PAGES = [
     ("kv_cache", flattened, r"kv_cache must have 4 dimensions, got 1"),
     ("centroids", flattened, r"centroids must have 5 dimensions, got 1"),
+    ("spreads", flattened, r"spreads must have 3 dimensions, got 1"),
     ("cluster_ends", flattened, r"cluster_ends must have 3 dimensions, got 1"),
     ("kv_cache", doubled, r"must have dtype BFloat16, Half or Float, got Double"),
     ("centroids", doubled, r"centroids must have dtype BFloat16, got Double"),
+    ("spreads", doubled, r"spreads must have dtype BFloat16, got Double"),
     ("cluster_ends", doubled, r"cluster_ends must have dtype Short, got Long"),
     ("kv_cache", with_size(1, 0), r"size\(1\), the KV heads, must be at least 1"),
     ("kv_cache", with_size(2, 257), r"size\(2\).* must be 1 to 256 tokens, got 257"),
@@ -70,11 +72,15 @@ PAGES = [
         longer(4),
         r"centroids.size\(4\) must equal head_size \(64\), got 65",
     ),
+    ("spreads", longer(0), r"spreads.size\(0\) must equal num_blocks"),
+    ("spreads", longer(1), r"spreads.size\(1\) must equal num_kv_heads"),
+    ("spreads", longer(2), r"spreads.size\(2\) must equal head_size \+ num_clusters"),
     ("cluster_ends", longer(0), r"cluster_ends.size\(0\) must equal num_blocks"),
     ("cluster_ends", longer(1), r"cluster_ends.size\(1\) must equal num_kv_heads"),
     ("cluster_ends", longer(2), r"cluster_ends.size\(2\) must equal num_clusters"),
     ("kv_cache", transposed, r"kv_cache must be dense in its last dimension"),
     ("centroids", transposed, r"centroids must be dense in its last dimension"),
+    ("spreads", transposed, r"spreads must be dense in its last dimension"),
     ("cluster_ends", transposed, r"cluster_ends must be dense in its last dimension"),
 ]
 

@@ -26,6 +26,7 @@ class Pages:
     buffer: torch.Tensor  # [num_blocks * page_bytes] int8
     kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]
     centroids: torch.Tensor  # [num_blocks, num_kv_heads, 2, num_clusters, head_size]
+    spreads: torch.Tensor  # [num_blocks, num_kv_heads, head_size + num_clusters]
     cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
 
     @classmethod
@@ -53,6 +54,7 @@ class Pages:
         return {
             "kv_cache": self.kv_cache,
             "centroids": self.centroids,
+            "spreads": self.spreads,
             "cluster_ends": self.cluster_ends,
         }
 
@@ -73,6 +75,11 @@ class Pages:
         means = sums / counts.clamp(min=1)[..., None]
         self.centroids[block] = means.unflatten(2, (2, -1)).transpose(1, 2)
         self.cluster_ends[block] = num_sinks + counts.cumsum(1)
+        keys = rows[..., : self.layout.head_size]
+        for head in range(self.layout.num_kv_heads):
+            self.spreads[block, head] = reference.key_spread(
+                keys[head], labels[head], self.layout.num_clusters
+            )
 
 
 @dataclass
