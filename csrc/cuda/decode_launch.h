@@ -43,6 +43,8 @@ inline void check_decode_shapes(const char* op, const SemanticPages& pages,
   check_aligned(op, "centroids", pages.centroids,
                 {pages.centroid_block_stride, pages.centroid_head_stride,
                  pages.centroid_value_offset, pages.centroid_row_stride});
+  check_aligned(op, "spreads", pages.spreads,
+                {pages.spread_block_stride, pages.spread_head_stride});
   check_aligned(op, "cluster_ends", pages.cluster_ends,
                 {pages.ends_block_stride, pages.ends_head_stride});
 }

@@ -94,6 +94,7 @@ class PageIndexer {
     float squares[kNumClusters][kPageWarps];             // of the means, a part of columns each
     uint8_t counts[kNumClusters][kPageWarps];            // rows, a warp's each
     uint8_t order[kPageRows];                            // row that goes to each place
+    uint16_t ends[kNumClusters];                         // place behind a cluster's last
   };
 
   __device__ PageIndexer(Shared& shared, T* rows, int64_t row_stride, int num_sinks)
@@ -117,21 +118,32 @@ class PageIndexer {
   }
 
   // Sorts keys and values, in place: a slab is in shared memory before any of it is
-  // written. `means` and `ends` are this head's in the index.
-  __device__ void finish(T* means, int64_t value_offset, int64_t mean_stride, int16_t* ends) {
+  // written. `means`, `spreads` and `ends` are this head's in the index.
+  __device__ void finish(T* means, int64_t value_offset, int64_t mean_stride, T* spreads,
+                         int16_t* ends) {
     prefetch_values();
     sort(ends);
+    if (threadIdx.x < kNumClusters) {
+      for (float& square : s_.squares[threadIdx.x]) square = 0.0f;
+    }
     __syncthreads();
+    float variances[kNumSlabs];  // of column threadIdx.x
+    const int first = kNumSlabs > 1 ? held_ : 0;
+#pragma unroll
+    for (int i = 0; i < kNumSlabs; ++i) {
+      const int slab = first ^ i;
+      hold(0, slab);
+      store_means<true>(slab, means, mean_stride);
+      __syncthreads();
+      variances[i] = add_spread(slab);
+      store_sorted(0, slab);
+    }
+    store_spread(first, variances, spreads);
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      const int first = half == 0 ? held_ : 0;
-#pragma unroll 1
-      for (int i = 0; i < kNumSlabs; ++i) {
-        const int slab = first ^ i;
-        hold(half, slab);
-        store_means(slab, means + half * value_offset, mean_stride);
-        store_sorted(half, slab);
-      }
+    for (int slab = 0; slab < kNumSlabs; ++slab) {
+      hold(1, slab);
+      store_means<false>(slab, means + value_offset, mean_stride);
+      store_sorted(1, slab);
     }
   }
 
@@ -536,7 +548,10 @@ class PageIndexer {
       if (lane_ >= distance) end += before;
     }
     end += num_sinks_;
-    if (warp_ == 0 && lane_ < kNumClusters) ends[lane_] = static_cast<int16_t>(end);
+    if (warp_ == 0 && lane_ < kNumClusters) {
+      ends[lane_] = static_cast<int16_t>(end);
+      s_.ends[lane_] = static_cast<uint16_t>(end);
+    }
     const int begin = __shfl_sync(kAllLanes, end - size, label);
 
     int earlier = 0;  // rows of this label in warps before
@@ -549,7 +564,9 @@ class PageIndexer {
     s_.order[has_label ? place : row] = static_cast<uint8_t>(row);
   }
 
-  __device__ void store_means(int slab, T* means, int64_t mean_stride) const {
+  // Means of the slab held; with kKeep also in s_.means, as update leaves them.
+  template <bool kKeep>
+  __device__ void store_means(int slab, T* means, int64_t mean_stride) {
     if (!has_columns()) return;
     float sums[kClusterTiles][kColTiles][4];
     sum_clusters(sums);
@@ -558,12 +575,107 @@ class PageIndexer {
       const float scale = __fdividef(kInverseOfTrue, static_cast<float>(rows));
 #pragma unroll
       for (int tile = 0; tile < kColTiles; ++tile) {
-        const int col = slab * kCols + 8 * (warp_ * kColTiles + tile) + 2 * quad_;
-        const uint32_t mean =
-            pack<T>(sums[ct][tile][2 * h] * scale, sums[ct][tile][2 * h + 1] * scale);
+        const int chunk = warp_ * kColTiles + tile;
+        const int col = slab * kCols + 8 * chunk + 2 * quad_;
+        const float x = sums[ct][tile][2 * h] * scale, y = sums[ct][tile][2 * h + 1] * scale;
+        const uint32_t mean = pack<T>(x, y);
         *reinterpret_cast<uint32_t*>(means + cluster * mean_stride + col) = rows > 0 ? mean : 0;
+        if constexpr (kKeep) {
+          const float2 left = unpack(mean, T());
+          word(slab, cluster, chunk) = mean;
+          word(slab, kNumClusters + cluster, chunk) = pack<T>(x - left.x, y - left.y);
+        }
       }
     });
+  }
+
+  // Squared distances of the slab's keys from the means of their clusters, which
+  // s_.means has: sums over a cluster's keys, added to s_.squares, and, returned, over
+  // the keys of column threadIdx.x. A warp takes 32 places of the sorted page, a lane
+  // every 32nd pair of columns.
+  __device__ float add_spread(int slab) {
+    constexpr int kPairs = kCols / 2, kPairTiles = (kPairs + 31) / 32;
+    float sums[kPairTiles][2] = {};
+    float2 mean[kPairTiles], rest[kPairTiles];
+    const int stop = 32 * warp_ + 32;
+    int place = max(32 * warp_, num_sinks_), cluster = -1, end = 0;
+#pragma unroll 1
+    while (place < stop) {
+      while (end <= place) end = s_.ends[++cluster];
+#pragma unroll
+      for (int i = 0; i < kPairTiles; ++i) {
+        mean[i] = pair(s_.means[slab], cluster, lane_ + 32 * i);
+        rest[i] = pair(s_.means[slab], kNumClusters + cluster, lane_ + 32 * i);
+      }
+      float square = 0.0f;
+#pragma unroll 1
+      for (; place < min(end, stop); ++place) {
+        const int row = s_.order[place];
+#pragma unroll
+        for (int i = 0; i < kPairTiles; ++i) {
+          if (kPairs % 32 != 0 && lane_ + 32 * i >= kPairs) continue;
+          const float2 key = pair(s_.rows, row, lane_ + 32 * i);
+          const float x = (key.x - mean[i].x) - rest[i].x, y = (key.y - mean[i].y) - rest[i].y;
+          sums[i][0] += x * x;
+          sums[i][1] += y * y;
+          square += x * x + y * y;
+        }
+      }
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) {
+        square += __shfl_xor_sync(kAllLanes, square, distance);
+      }
+      if (lane_ == 0) s_.squares[cluster][warp_] += square;
+    }
+    __syncthreads();  // all are done with the means: their room has the warps' sums
+    float* const parts = reinterpret_cast<float*>(s_.means[slab]);
+    static_assert(sizeof(s_.means[0]) >= kPageWarps * kCols * sizeof(float));
+#pragma unroll
+    for (int i = 0; i < kPairTiles; ++i) {
+      const int column = 2 * (lane_ + 32 * i);
+      if (kPairs % 32 != 0 && column >= kCols) continue;
+      parts[warp_ * kCols + column] = sums[i][0];
+      parts[warp_ * kCols + column + 1] = sums[i][1];
+    }
+    __syncthreads();
+    float variance = 0.0f;
+    if (threadIdx.x < kCols) {
+#pragma unroll
+      for (int w = 0; w < kPageWarps; ++w) variance += parts[w * kCols + threadIdx.x];
+    }
+    return variance;
+  }
+
+  // Columns 2 pair and 2 pair + 1 of a row of a slab or of its means.
+  __device__ __forceinline__ float2 pair(const uint4* rows, int row, int pair) const {
+    if (kCols % 64 != 0) pair = min(pair, kCols / 2 - 1);
+    return unpack(words(rows[chunk_at(row, pair / 4)])[pair % 4], T());
+  }
+
+  // `variances` are add_spread's, of slab `first` and of the other.
+  __device__ void store_spread(int first, const float (&variances)[kNumSlabs], T* spreads) const {
+    const float* squares = s_.squares[0];
+    float total = 0.0f;
+#pragma unroll
+    for (int i = lane_; i < kNumClusters * kPageWarps; i += 32) total += squares[i];
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      total += __shfl_xor_sync(kAllLanes, total, distance);
+    }
+    const float factor = total > 0.0f ? kHeadSize / total : 0.0f;
+    if (threadIdx.x < kCols) {
+#pragma unroll
+      for (int i = 0; i < kNumSlabs; ++i) {
+        spreads[(first ^ i) * kCols + threadIdx.x] = T(variances[i] * factor);
+      }
+    }
+    if (threadIdx.x < kNumClusters) {
+      float square = 0.0f;
+      for (const float part : s_.squares[threadIdx.x]) square += part;
+      const int rows = count(threadIdx.x);
+      const float radius = rows > 0 ? sqrtf(square / static_cast<float>(rows * kHeadSize)) : 0.0f;
+      spreads[kHeadSize + threadIdx.x] = T(radius);
+    }
   }
 
   __device__ void store_sorted(int half, int slab) {
@@ -613,6 +725,8 @@ __global__ void __launch_bounds__(kPageRows, index_pages_blocks(kHeadSize, kNumC
       static_cast<T*>(pages.centroids) + block * pages.centroid_block_stride +
           head * pages.centroid_head_stride,
       pages.centroid_value_offset, pages.centroid_row_stride,
+      static_cast<T*>(pages.spreads) + block * pages.spread_block_stride +
+          head * pages.spread_head_stride,
       pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride);
 }
 

@@ -7,6 +7,9 @@
 // loads: of each 32 elements, lane j of a quad holds 8 j to 8 j + 7.
 //
 // While a tile's scores are in registers, their softmax sums cost little: tile_stats.
+//
+// The variance of a head's logits in a page is a product with the page's profile. A lane
+// has a quarter of a head's query at hand, and computes that quarter.
 #pragma once
 
 #include "../params.h"
@@ -15,6 +18,33 @@
 namespace clusterkv::cuda {
 
 constexpr int kScoreWarps = 4;
+
+// The sum of query^2 * profile over what this lane has of them.
+template <typename T, int kSegments>
+__device__ __forceinline__ float spread_of(const uint4 (&query)[kSegments],
+                                           const uint4 (&profile)[kSegments]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int s = 0; s < kSegments; ++s) {
+    uint32_t queries[4] = {query[s].x, query[s].y, query[s].z, query[s].w};
+    const uint32_t profiles[4] = {profile[s].x, profile[s].y, profile[s].z, profile[s].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // Squares are recomputed for every tile: kept, they would take a block's registers.
+      asm volatile("" : "+r"(queries[i]));
+      const float2 q = unpack<T>(queries[i]), p = unpack<T>(profiles[i]);
+      sum += q.x * q.x * p.x;
+      sum += q.y * q.y * p.y;
+    }
+  }
+  return sum;
+}
+
+// What the variance of its logits adds to a cluster's score. Not a number stays so.
+__device__ __forceinline__ float spread_score(float variance) {
+  const float added = kSpreadWeight * (fast_sqrt(1.0f + variance) - 1.0f);
+  return added > kSpreadMost ? kSpreadMost : added;
+}
 
 // Scores the `end` clusters of a row and KV head. Tiles of 16 are dealt to `num_workers`
 // warps, of which this one is `worker`.
@@ -50,12 +80,29 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
     const int start = c > 0 ? ends[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
     return ends[c] - start;
   };
-  uint4 next[2][kSegments];
+  const T* spreads = static_cast<const T*>(pages.spreads) + kv_head * pages.spread_head_stride;
+  const auto spreads_of = [&](int cluster) {
+    return spreads + block_table[min(cluster, end - 1) >> log_clusters] * pages.spread_block_stride;
+  };
+  const auto load_profile = [&](int cluster, uint4(&profile)[kSegments]) {
+    const T* source = spreads_of(cluster) + j * 8;
+#pragma unroll
+    for (int s = 0; s < kSegments; ++s) {
+      profile[s] = __ldg(reinterpret_cast<const uint4*>(source + s * 32));
+    }
+  };
+  const auto load_radius = [&](int cluster) -> float {
+    return static_cast<float>(
+        spreads_of(cluster)[kHeadSize + (cluster & (pages.num_clusters - 1))]);
+  };
+  uint4 next[2][kSegments], next_profile[kSegments];
   load_row(first + g, next[0]);
   load_row(first + g + 8, next[1]);
   // Tokens of row g in lanes of even j, of row g + 8 in the others.
   const int counted_row = g + j % 2 * 8;
   int next_count = load_count(first + counted_row);
+  float next_radius = load_radius(first + counted_row);
+  load_profile(first, next_profile);
 
   const int group = static_cast<int>(p.rows.num_heads / pages.num_kv_heads);
   uint4 query[kHeadTiles][kSegments];
@@ -82,7 +129,23 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
       keys[1][s] = next[1][s];
     }
     const int count = next_count;
+    const float radius = next_radius * p.scale;
+    // Of the lane's head t * 8 + g: in the page of the first 8 clusters, and of the others.
+    float variances[kHeadTiles][2];
+#pragma unroll
+    for (int t = 0; t < kHeadTiles; ++t) {
+      variances[t][0] = variances[t][1] = spread_of<T>(query[t], next_profile);
+    }
+    if (pages.num_clusters == 8) {
+      load_profile(tile + 8, next_profile);
+#pragma unroll
+      for (int t = 0; t < kHeadTiles; ++t) {
+        variances[t][1] = spread_of<T>(query[t], next_profile);
+      }
+    }
     if (tile + step < end) {
+      next_radius = load_radius(tile + step + counted_row);
+      load_profile(tile + step, next_profile);
       load_row(tile + step + g, next[0]);
       load_row(tile + step + g + 8, next[1]);
       next_count = load_count(tile + step + counted_row);
@@ -100,12 +163,22 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
     }
     const int other_count = __shfl_xor_sync(~0u, count, 1);
     const int counts[2] = {j % 2 == 0 ? count : other_count, j % 2 == 0 ? other_count : count};
+    const float other_radius = __shfl_xor_sync(~0u, radius, 1);
+    const float radii[2] = {j % 2 == 0 ? radius : other_radius, j % 2 == 0 ? other_radius : radius};
 #pragma unroll
     for (int t = 0; t < kHeadTiles; ++t) {
 #pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& variance = variances[t][half];
+        variance += __shfl_xor_sync(~0u, variance, 1);
+        variance += __shfl_xor_sync(~0u, variance, 2);
+      }
+#pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int head = t * 8 + j * 2 + i % 2, cluster = tile + g + i / 2 * 8;
+        const float variance = __shfl_sync(~0u, variances[t][i / 2], 4 * (j * 2 + i % 2));
         acc[t][i] *= p.scale;
+        acc[t][i] += spread_score(variance * radii[i / 2] * radii[i / 2]);
         if (head < group && cluster < end) scores[head * p.max_clusters + cluster] = acc[t][i];
       }
       // Max and sum of a head: its scores are in the lanes of equal j.
@@ -138,10 +211,15 @@ __device__ __forceinline__ int num_row_clusters(const SemanticPages& pages, cons
   return static_cast<int>(num_indexed_pages(seq_len, pages.block_size) * pages.num_clusters);
 }
 
+// Thread blocks whose registers a multiprocessor has room for.
+constexpr int score_blocks(int head_size, int head_tiles) {
+  return head_size * head_tiles <= 128 ? 4 : 2;
+}
+
 // Grid: [blocks a row and head, num_kv_heads, num_reqs]. kHeadTiles: query heads a KV
 // head / 8, up.
 template <typename T, int kHeadSize, int kHeadTiles>
-__global__ void __launch_bounds__(kScoreWarps * 32)
+__global__ void __launch_bounds__(kScoreWarps * 32, score_blocks(kHeadSize, kHeadTiles))
     score_clusters_kernel(const ScoreClustersParams p) {
   // The kernel before may be anyone's, and may write what is read first.
   wait_for_previous_kernel();
