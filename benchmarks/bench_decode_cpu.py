@@ -104,11 +104,7 @@ class Layer:
             (len(buffer), layout.num_kv_heads, BLOCK_SIZE, row),
             (layout.page_bytes // layout.dtype.itemsize, BLOCK_SIZE * row, row, 1),
         )
-        self.centroids, self.cluster_ends = layout.index_views(self.kv_cache)
-
-    @property
-    def index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.kv_cache, self.centroids, self.cluster_ends
+        self.index = (self.kv_cache, *layout.index_views(self.kv_cache))
 
 
 def make_first_layer(case: Case, generator: torch.Generator) -> Layer:

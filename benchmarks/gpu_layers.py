@@ -111,10 +111,10 @@ class Layers:
     def __len__(self) -> int:
         return len(self.pages)
 
-    def index(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the ops take of a layer: kv_cache, centroids, cluster_ends."""
+    def index(self, layer_idx: int) -> tuple[torch.Tensor, ...]:
+        """What the ops take of a layer: kv_cache, centroids, spreads, cluster_ends."""
         pages = self.pages[layer_idx]
-        return pages.kv_cache, pages.centroids, pages.cluster_ends
+        return pages.kv_cache, pages.centroids, pages.spreads, pages.cluster_ends
 
     def indexed_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``block_ids`` and ``num_sink_tokens`` of a layer's indexed pages."""
@@ -343,6 +343,7 @@ class IndexCall:
         ops.index_pages(
             pages.kv_cache,
             pages.centroids,
+            pages.spreads,
             pages.cluster_ends,
             *self.lists[turn % len(self.lists)],
             self.layers.case.config.num_iters,

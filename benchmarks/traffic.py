@@ -49,19 +49,20 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
 
     ``C`` clusters a row and KV head; half = head_size elements of the KV dtype:
 
-        score_clusters   query, C mean keys, C ends; scores (fp32, a query head),
-                         tile_stats (two fp32 for 16 clusters, a query head)
+        score_clusters   query, C mean keys, spreads, C ends; scores (fp32, a query
+                         head), tile_stats (two fp32 for 16 clusters, a query head)
         select_clusters  scores, tile_stats, C ends; C marks (one byte a KV head),
                          num_attended
         sparse_decode    query, C marks, C ends, attended keys and values, mean values
                          and scores of the clusters left out; output
-        decode           the three as one: query, C mean keys, C ends, attended keys
-                         and values, mean values of the clusters left out; output.
-                         Scores, stats and marks pass between the ops and are nobody's
-                         result
+        decode           the three as one: query, C mean keys, spreads, C ends,
+                         attended keys and values, mean values of the clusters left
+                         out; output. Scores, stats and marks pass between the ops and
+                         are nobody's result
         decode_dense, flash_attn, flashinfer, xformers
                          query, all keys and values; output
-        index_pages      the pages' keys and values, read and written; means, ends
+        index_pages      the pages' keys and values, read and written; means, spreads,
+                         ends
 
     The block table, 4 bytes a page, is left out.
 
@@ -71,12 +72,14 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
         load: The call.
     """
     half = shape.head_size * shape.dtype.itemsize
+    spreads = shape.num_kv_heads * (half + shape.num_clusters * shape.dtype.itemsize)
     page_bytes = shape.num_kv_heads * BLOCK_SIZE * 2 * half
     if op == "index_pages":
         means = shape.num_kv_heads * shape.num_clusters * 2 * half
         ends = shape.num_kv_heads * shape.num_clusters * torch.int16.itemsize
-        return load.num_pages * (2 * page_bytes + means + ends)
-    clusters = (load.seq_len - 1) // BLOCK_SIZE * shape.num_clusters
+        return load.num_pages * (2 * page_bytes + means + spreads + ends)
+    num_pages = (load.seq_len - 1) // BLOCK_SIZE
+    clusters = num_pages * shape.num_clusters
     left_out = clusters - load.selected
     query = shape.num_heads * half  # of a row; the output takes as much
     scores = shape.num_heads * clusters * torch.float32.itemsize
@@ -84,7 +87,7 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     kv_heads = shape.num_kv_heads
     ends = kv_heads * clusters * torch.int16.itemsize
     marks = kv_heads * clusters
-    mean_keys = kv_heads * clusters * half
+    mean_keys = kv_heads * clusters * half + num_pages * spreads
     exact = kv_heads * load.attended * 2 * half
     estimate = kv_heads * left_out * half
     dense = 2 * query + kv_heads * load.seq_len * 2 * half

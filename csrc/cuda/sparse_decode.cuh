@@ -15,9 +15,9 @@
 // Selecting clusters takes long next to attending to them, and few multiprocessors. So
 // all that does not need the selection is done while it runs: the means of all clusters
 // are attended to. Afterwards the selected clusters' rows come in and their means are
-// taken out again. Nothing is lost by that: the rows of a cluster weigh at least as much
-// as its mean (Jensen's inequality), and a mean's weight comes and goes with the same
-// bits (WarpState::max).
+// taken out again. Little is lost by that: the rows of a cluster weigh at least as much
+// as its mean (Jensen's inequality), a score adds at most kSpreadMost to that, and a
+// mean's weight comes and goes with the same bits (WarpState::max).
 //
 // Split s of a sparse row has pages s, s + num_splits, ... and every num_splits-th tile
 // of the sinks and the tail page. It takes the selected clusters of its pages in windows

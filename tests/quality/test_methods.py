@@ -217,12 +217,14 @@ def product(tokens_per_cluster, tail, query, keys, values, token_budget):
     sinks = torch.zeros(num_pages, dtype=torch.int32)
     sinks[:1] = 16
     num_iters = ClusterKVConfig().num_iters
-    reference.index_pages(cache, centroids, ends, blocks[:-1], sinks, num_iters)
+    spreads = torch.zeros(num_pages + 1, num_kv_heads, head_size + num_clusters)
+    index = (cache, centroids, spreads, ends)
+    reference.index_pages(*index, blocks[:-1], sinks, num_iters)
     scores = torch.zeros(1, num_heads, max_clusters)
     stats = torch.zeros(1, num_heads, -(-max_clusters // 16), 2)
     selected = torch.zeros(1, num_kv_heads, max_clusters, dtype=torch.uint8)
     attended = torch.zeros(1, num_kv_heads, dtype=torch.int32)
-    pages = (cache, centroids, ends, blocks[None])
+    pages = (*index, blocks[None])
     row = (torch.tensor([seq_len], dtype=torch.int32), torch.zeros(1).int())
     query = query[None]
     reference.score_clusters(query, *pages, *row, SCALE, 16, scores, stats)

@@ -14,10 +14,12 @@ order is ``reference.rank_weights``.
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import one_hot
 
+from benchmarks.quality.methods.base import BYTES_PER_ELEMENT
 from benchmarks.quality.methods.groups import GroupedIndex, GroupedMethod
 from benchmarks.quality.methods.kmeans import INITS, cluster_keys
-from vllm_clusterkv import ops
+from vllm_clusterkv import ops, reference
 from vllm_clusterkv.page_layout import BLOCK_SIZE
 from vllm_clusterkv.requirements import CUDA_HEAD_SIZES, HEAD_SIZES
 
@@ -33,12 +35,14 @@ class Ours(GroupedMethod):
         tokens_per_cluster: Average tokens a cluster. Divides ``page_size``.
         num_iters: Rounds of k-means.
         init: Keys that start the clusters; one of ``kmeans.INITS``.
+        spread: Whether scores know how far keys are from the means of their clusters.
     """
 
     tail: bool = True
     tokens_per_cluster: int = 16
     num_iters: int = 4
     init: str = "farthest"
+    spread: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,9 +64,17 @@ class Ours(GroupedMethod):
 
 
 class OursIndex(GroupedIndex):
-    """Clusters of each full page before the last one."""
+    """Clusters of each full page before the last one.
+
+    Attributes:
+        spreads: [num_kv_heads, num_pages, head_size + num_clusters], as the keys.
+    """
 
     method: Ours
+
+    def __init__(self, method: Ours, scale: float) -> None:
+        super().__init__(method, scale)
+        self.spreads: torch.Tensor | None = None
 
     def _form_groups(self, keys, values) -> None:
         method, start = self.method, self.labels.shape[1]
@@ -75,14 +87,58 @@ class OursIndex(GroupedIndex):
         sinks = method.num_sink_tokens if start == 0 else 0
         label_pages = label_by_op if has_kernel(pages, method) else label_in_torch
         labels = label_pages(pages, method, sinks)
+        if method.spread:
+            new = page_spreads(pages, labels, method.num_clusters)
+            old = [] if self.spreads is None else [self.spreads]
+            self.spreads = torch.cat([*old, new], 1)
         page = torch.arange(pages.shape[1], device=keys.device)[:, None]
         labels = torch.where(labels < 0, -1, labels + page * method.num_clusters)
         num_groups = pages.shape[1] * method.num_clusters
         self._append(keys, values, labels.flatten(1), num_groups)
 
+    def _scores(self, query) -> torch.Tensor:
+        scores = super()._scores(query)
+        if self.spreads is None:
+            return scores
+        # [num_kv_heads, group, num_pages, num_clusters]
+        added = reference.spread_score(
+            query[:, :, None],
+            self.spreads[:, None].float(),
+            self.scale,
+            self.mean_keys.shape[2],
+        )
+        return scores + added.flatten(2)
+
     def _index_bytes(self, num_groups, num_selected) -> float | torch.Tensor:
         scanned = super()._index_bytes(num_groups, num_selected)
+        if self.spreads is not None:
+            num_elements = self.spreads.shape[1] * self.spreads.shape[2]
+            scanned = scanned + BYTES_PER_ELEMENT * num_elements
         return scanned + _END_BYTES * num_groups
+
+
+def page_spreads(pages, labels, num_clusters: int) -> torch.Tensor:
+    """``reference.key_spread`` of many pages, rounded as stored.
+
+    Args:
+        pages: [num_kv_heads, num_pages, page_size, head_size], keys.
+        labels: [num_kv_heads, num_pages, page_size] int64; -1 for no cluster.
+        num_clusters: Of a page.
+
+    Returns:
+        [num_kv_heads, num_pages, head_size + num_clusters], as the keys.
+    """
+    keys = pages.float()
+    members = one_hot(labels + 1, num_clusters + 1)[..., 1:].mT.float()
+    counts = members.sum(3, keepdim=True)  # [..., num_clusters, 1]
+    means = members @ keys / counts.clamp(min=1)
+    is_member = members.sum(2)[..., None]  # [..., page_size, 1]
+    squares = (keys - members.mT @ means) ** 2 * is_member
+    variances = squares.sum(2)
+    mean = variances.mean(2, keepdim=True)
+    profile = torch.where(mean > 0, variances / mean, 0)
+    radii = (members @ squares / counts.clamp(min=1)).mean(3).sqrt()
+    return torch.cat([profile, radii], 2).to(pages.dtype)
 
 
 def has_kernel(pages: torch.Tensor, method: Ours) -> bool:
@@ -131,6 +187,7 @@ def label_by_op(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tens
     ops.index_pages(
         cache,
         pages.new_empty((num_pages, num_kv_heads, 2, num_clusters, head_size)),
+        pages.new_empty((num_pages, num_kv_heads, head_size + num_clusters)),
         ends,
         torch.arange(num_pages, dtype=torch.int32, device=device),
         sinks,
