@@ -138,9 +138,9 @@ def score_clusters(
     ``scores[r, h, c]`` is ``scale * query[r, h] . mean_key[c]``, with the means of
     query head ``h``'s KV head, and what the spread of the keys around the mean adds,
     ``min(0.75 * (sqrt(1 + variance) - 1), 4)``. ``variance`` is that of the logits of
-    the cluster's keys, as its page's profile has it: ``radius[c]**2 * sum((scale *
-    query[r, h])**2 * profile)``. A score estimates the logarithm of the keys' mean
-    weight.
+    the cluster's keys, as its page's profile has it: ``(scale * radius[c])**2 *
+    sum(query[r, h]**2 * profile)``, with squares in the query's dtype (in fp16, of at
+    most 4080). A score estimates the logarithm of the keys' mean weight.
 
     For the softmax of the next op, ``tile_stats[r, h, t]`` is, of tile ``t``'s clusters
     that have tokens, the max of ``scores`` and the sum of ``count[c] *

@@ -82,7 +82,18 @@ def key_spread(keys, labels, num_clusters) -> torch.Tensor:
     return torch.cat([profile, radii])
 
 
-def spread_score(query, spreads, scale, head_size) -> torch.Tensor:
+def query_squares(query) -> torch.Tensor:
+    """Squares in the query's dtype, as tensor cores take them, in fp32.
+
+    fp16 has no room for those of more than 255: there the query is first divided by
+    16, and cut at 255.
+    """
+    if query.dtype != torch.float16:
+        return (query**2).float()
+    return 256 * ((query / 16).clamp(-255, 255) ** 2).float()
+
+
+def spread_score(squares, spreads, scale) -> torch.Tensor:
     """What the spread of its keys adds to a cluster's score.
 
     exp() makes the weights of keys around a mean sum to more than the mean's. Of
@@ -90,14 +101,14 @@ def spread_score(query, spreads, scale, head_size) -> torch.Tensor:
     since few keys cannot have a normal distribution's tail.
 
     Args:
-        query: [..., head_size] fp32.
+        squares: [..., head_size] fp32, ``query_squares``.
         spreads: [..., head_size + num_clusters] fp32.
 
     Returns:
         [..., num_clusters] fp32.
     """
-    profile, radii = spreads[..., :head_size], spreads[..., head_size:]
-    variances = ((scale * query) ** 2 * profile).sum(-1, keepdim=True) * radii**2
+    profile, radii = spreads.tensor_split([squares.shape[-1]], -1)
+    variances = (squares * profile).sum(-1, keepdim=True) * (scale * radii) ** 2
     return (SPREAD_WEIGHT * ((1 + variances).sqrt() - 1)).clamp(max=SPREAD_MOST)
 
 
@@ -152,9 +163,8 @@ def score_clusters(
             mean_keys = mean_keys.reshape(-1, head_size)  # [row's clusters, head_size]
             row = scale * (mean_keys @ query[req, head].float())
             spread = spreads[blocks, head // group].float()
-            row += spread_score(
-                query[req, head].float(), spread, scale, head_size
-            ).flatten()
+            squares = query_squares(query[req, head])
+            row += spread_score(squares, spread, scale).flatten()
             scores[req, head, : len(row)] = row
             ends = cluster_ends[blocks, head // group]
             stats = softmax_stats(row, cluster_sizes(ends, num_sink_tokens))

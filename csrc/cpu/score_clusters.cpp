@@ -55,22 +55,31 @@ void write_tile_stats(const float* scores, const float* tokens, float* stats) {
   }
 }
 
+// The square of a query's element, rounded to its type, as tensor cores take it.
+inline float rounded_square(float x, float) { return x * x; }
+inline float rounded_square(float x, BFloat16) { return static_cast<BFloat16>(x * x); }
+inline float rounded_square(float x, Half) {  // Half ends at 65504
+  x = std::min(std::abs(static_cast<float>(static_cast<Half>(x / 16.0f))), 255.0f);
+  return 256.0f * static_cast<float>(static_cast<Half>(x * x));
+}
+
 // Adds to a page's scores what the spread of its keys does.
-//   query: [group, head_size] fp32, scaled
+//   squares: [group, head_size] fp32, of the query
 //   spreads: [head_size + num_clusters], of the page and KV head
 //   scores: [group, num_clusters], rows max_clusters apart
 template <typename T>
-void add_spread(const float* query, const T* spreads, const SemanticPages& pages, int64_t group,
-                int64_t max_clusters, float* profile, float* scores) {
+void add_spread(const float* squares, float scale, const T* spreads, const SemanticPages& pages,
+                int64_t group, int64_t max_clusters, float* profile, float* scores) {
   const int64_t head_size = pages.head_size, num_clusters = pages.num_clusters;
   float* radii = profile + head_size;
-  load_packed(spreads, profile, head_size);  // in the order of the query
+  load_packed(spreads, profile, head_size);  // in the order of the squares
   load_row(spreads + head_size, radii, num_clusters);
+  for (int64_t c = 0; c < num_clusters; ++c) radii[c] *= scale;
   for (int64_t g = 0; g < group; ++g) {
-    const float* q = query + g * head_size;
+    const float* of_query = squares + g * head_size;
     float variance = 0.0f;
 #pragma omp simd reduction(+ : variance)
-    for (int64_t d = 0; d < head_size; ++d) variance += q[d] * q[d] * profile[d];
+    for (int64_t d = 0; d < head_size; ++d) variance += of_query[d] * profile[d];
     float* of_head = scores + g * max_clusters;
 #pragma omp simd
     for (int64_t c = 0; c < num_clusters; ++c) {
@@ -90,7 +99,7 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
   const int64_t num_tasks = rows.num_reqs * pages.num_kv_heads * chunks;
   const int64_t grain = std::max<int64_t>(1, kGrain / (group * head_size));
   torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> query(group * head_size);
+    std::vector<float> query(group * head_size), squares(group * head_size);
     std::vector<float> tokens(kPagesPerTask * pages.num_clusters);
     std::vector<float> profile(head_size + pages.num_clusters);
     for (int64_t task = begin; task < end; ++task) {
@@ -107,7 +116,10 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
         load_packed(static_cast<const T*>(p.query) + req * p.query_row_stride +
                         (first_head + g) * p.query_head_stride,
                     q, head_size);
-        for (int64_t d = 0; d < head_size; ++d) q[d] *= p.scale;
+        for (int64_t d = 0; d < head_size; ++d) {
+          squares[g * head_size + d] = rounded_square(q[d], T());
+          q[d] *= p.scale;
+        }
       }
       float* scores = p.scores + (req * rows.num_heads + first_head) * p.max_clusters;
       const auto centroids_of = [&](int64_t page) {
@@ -141,8 +153,8 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
                                              out + first * p.max_clusters, p.max_clusters);
           });
         }
-        add_spread(query.data(), spreads_of(page), pages, group, p.max_clusters, profile.data(),
-                   scores + page * pages.num_clusters);
+        add_spread(squares.data(), p.scale, spreads_of(page), pages, group, p.max_clusters,
+                   profile.data(), scores + page * pages.num_clusters);
         count_page_tokens(ends_of_page(pages, rows, req, head, page), pages.num_clusters, page,
                           p.num_sink_tokens,
                           tokens.data() + (page - first_page) * pages.num_clusters);

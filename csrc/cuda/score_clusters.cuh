@@ -8,8 +8,8 @@
 //
 // While a tile's scores are in registers, their softmax sums cost little: tile_stats.
 //
-// The variance of a head's logits in a page is a product with the page's profile. A lane
-// has a quarter of a head's query at hand, and computes that quarter.
+// The variance of a head's logits in a page is the product of the query's squares with
+// the page's profile: as many more tensor core products, of profiles for mean keys.
 #pragma once
 
 #include "../params.h"
@@ -19,25 +19,28 @@ namespace clusterkv::cuda {
 
 constexpr int kScoreWarps = 4;
 
-// The sum of query^2 * profile over what this lane has of them.
-template <typename T, int kSegments>
-__device__ __forceinline__ float spread_of(const uint4 (&query)[kSegments],
-                                           const uint4 (&profile)[kSegments]) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int s = 0; s < kSegments; ++s) {
-    uint32_t queries[4] = {query[s].x, query[s].y, query[s].z, query[s].w};
-    const uint32_t profiles[4] = {profile[s].x, profile[s].y, profile[s].z, profile[s].w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // Squares are recomputed for every tile: kept, they would take a block's registers.
-      asm volatile("" : "+r"(queries[i]));
-      const float2 q = unpack<T>(queries[i]), p = unpack<T>(profiles[i]);
-      sum += q.x * q.x * p.x;
-      sum += q.y * q.y * p.y;
-    }
-  }
-  return sum;
+// Two squares of a query's elements, rounded to 16 bits, times kSquareScale<T>^2.
+template <typename T>
+constexpr float kSquareScale = 1.0f;
+template <>
+constexpr float kSquareScale<__half> = 1.0f / 16;  // fp16 ends at 65504
+
+template <typename T>
+__device__ __forceinline__ uint32_t square_pair(uint32_t query);
+
+template <>
+__device__ __forceinline__ uint32_t square_pair<__nv_bfloat16>(uint32_t query) {
+  const __nv_bfloat162 pair = reinterpret_cast<const __nv_bfloat162&>(query);
+  const __nv_bfloat162 squares = __hmul2(pair, pair);
+  return reinterpret_cast<const uint32_t&>(squares);
+}
+
+template <>
+__device__ __forceinline__ uint32_t square_pair<__half>(uint32_t query) {
+  __half2 pair = __habs2(reinterpret_cast<const __half2&>(query));
+  pair = __hmin2(__hmul2(pair, __float2half2_rn(kSquareScale<__half>)), __float2half2_rn(255.0f));
+  const __half2 squares = __hmul2(pair, pair);
+  return reinterpret_cast<const uint32_t&>(squares);
 }
 
 // What the variance of its logits adds to a cluster's score. Not a number stays so.
@@ -84,12 +87,12 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
   const auto spreads_of = [&](int cluster) {
     return spreads + block_table[min(cluster, end - 1) >> log_clusters] * pages.spread_block_stride;
   };
-  const auto load_profile = [&](int cluster, uint4(&profile)[kSegments]) {
-    const T* source = spreads_of(cluster) + j * 8;
+  const auto load_profile = [&](int cluster, int segment) {
+    return __ldg(reinterpret_cast<const uint4*>(spreads_of(cluster) + j * 8 + segment * 32));
+  };
+  const auto load_profiles = [&](int cluster, uint4(&profile)[kSegments]) {
 #pragma unroll
-    for (int s = 0; s < kSegments; ++s) {
-      profile[s] = __ldg(reinterpret_cast<const uint4*>(source + s * 32));
-    }
+    for (int s = 0; s < kSegments; ++s) profile[s] = load_profile(cluster, s);
   };
   const auto load_radius = [&](int cluster) -> float {
     return static_cast<float>(
@@ -102,7 +105,7 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
   const int counted_row = g + j % 2 * 8;
   int next_count = load_count(first + counted_row);
   float next_radius = load_radius(first + counted_row);
-  load_profile(first, next_profile);
+  load_profiles(first, next_profile);
 
   const int group = static_cast<int>(p.rows.num_heads / pages.num_kv_heads);
   uint4 query[kHeadTiles][kSegments];
@@ -129,23 +132,28 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
       keys[1][s] = next[1][s];
     }
     const int count = next_count;
-    const float radius = next_radius * p.scale;
-    // Of the lane's head t * 8 + g: in the page of the first 8 clusters, and of the others.
-    float variances[kHeadTiles][2];
+    const float radius = next_radius * (p.scale / kSquareScale<T>);
+    // Rows g of the fragment are the profile of the first 8 clusters' page, all the same,
+    // and rows g + 8 that of the others': variances lie as scores do.
+    float variances[kHeadTiles][4] = {};
 #pragma unroll
-    for (int t = 0; t < kHeadTiles; ++t) {
-      variances[t][0] = variances[t][1] = spread_of<T>(query[t], next_profile);
-    }
-    if (pages.num_clusters == 8) {
-      load_profile(tile + 8, next_profile);
+    for (int s = 0; s < kSegments; ++s) {
+      const uint4 first_page = next_profile[s];
+      const uint4 page = pages.num_clusters == 8 ? load_profile(tile + 8, s) : first_page;
+      const uint32_t low[4] = {first_page.x, page.x, first_page.y, page.y};
+      const uint32_t high[4] = {first_page.z, page.z, first_page.w, page.w};
 #pragma unroll
       for (int t = 0; t < kHeadTiles; ++t) {
-        variances[t][1] = spread_of<T>(query[t], next_profile);
+        uint4 squares = query[t][s];
+        // Squared for every tile: kept, squares would take a block's registers.
+        asm volatile("" : "+r"(squares.x), "+r"(squares.y), "+r"(squares.z), "+r"(squares.w));
+        mma_m16n8k16<T>(variances[t], low, square_pair<T>(squares.x), square_pair<T>(squares.y));
+        mma_m16n8k16<T>(variances[t], high, square_pair<T>(squares.z), square_pair<T>(squares.w));
       }
     }
     if (tile + step < end) {
       next_radius = load_radius(tile + step + counted_row);
-      load_profile(tile + step, next_profile);
+      load_profiles(tile + step, next_profile);
       load_row(tile + step + g, next[0]);
       load_row(tile + step + g + 8, next[1]);
       next_count = load_count(tile + step + counted_row);
@@ -168,17 +176,10 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
 #pragma unroll
     for (int t = 0; t < kHeadTiles; ++t) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& variance = variances[t][half];
-        variance += __shfl_xor_sync(~0u, variance, 1);
-        variance += __shfl_xor_sync(~0u, variance, 2);
-      }
-#pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int head = t * 8 + j * 2 + i % 2, cluster = tile + g + i / 2 * 8;
-        const float variance = __shfl_sync(~0u, variances[t][i / 2], 4 * (j * 2 + i % 2));
         acc[t][i] *= p.scale;
-        acc[t][i] += spread_score(variance * radii[i / 2] * radii[i / 2]);
+        acc[t][i] += spread_score(variances[t][i] * (radii[i / 2] * radii[i / 2]));
         if (head < group && cluster < end) scores[head * p.max_clusters + cluster] = acc[t][i];
       }
       // Max and sum of a head: its scores are in the lanes of equal j.

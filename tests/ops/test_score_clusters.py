@@ -47,7 +47,8 @@ def scores_by_einsum(inputs):
         query = inputs.query[req].float().unflatten(0, (means.shape[1], -1))
         row = inputs.scale * torch.einsum("hgd,phcd->hgpc", query, means)
         spreads = inputs.pages.spreads[blocks].float().unflatten(1, (-1, 1))
-        spread = reference.spread_score(query, spreads, inputs.scale, query.shape[2])
+        squares = reference.query_squares(inputs.query[req]).view_as(query)
+        spread = reference.spread_score(squares, spreads, inputs.scale)
         row += spread.permute(1, 2, 0, 3)  # from [pages, H, G, C]
         scores[req, :, : inputs.num_live(req)] = row.flatten(2).flatten(0, 1)
     return scores

@@ -11,7 +11,12 @@ import torch
 
 from tests.support.inputs import DecodeInputs
 from vllm_clusterkv.page_layout import BLOCK_SIZE
-from vllm_clusterkv.reference import first_argmax, spread_rows, spread_score
+from vllm_clusterkv.reference import (
+    first_argmax,
+    query_squares,
+    spread_rows,
+    spread_score,
+)
 
 
 class BatchedReference:
@@ -51,9 +56,8 @@ class BatchedReference:
         bound = scale * torch.einsum(formula, self.query.abs(), means.abs())
         # [R, B, H, 1, D + C] to [R, H, G, B, C]
         spreads = self.inputs.pages.spreads[self.block_table].float()[:, :, :, None]
-        spread = spread_score(
-            self.query[:, None], spreads, scale, self.query.shape[3]
-        ).permute(0, 2, 3, 1, 4)
+        squares = query_squares(self.inputs.query).view_as(self.query)
+        spread = spread_score(squares[:, None], spreads, scale).permute(0, 2, 3, 1, 4)
         scores = scores + spread
         bound = 16 * torch.finfo(torch.float32).eps * (bound + spread + 1)
         return scores.flatten(3).flatten(1, 2), bound.flatten(3).flatten(1, 2)

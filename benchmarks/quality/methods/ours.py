@@ -101,12 +101,9 @@ class OursIndex(GroupedIndex):
         if self.spreads is None:
             return scores
         # [num_kv_heads, group, num_pages, num_clusters]
-        added = reference.spread_score(
-            query[:, :, None],
-            self.spreads[:, None].float(),
-            self.scale,
-            self.mean_keys.shape[2],
-        )
+        squares = reference.query_squares(query)[:, :, None]
+        spreads = self.spreads[:, None].float()
+        added = reference.spread_score(squares, spreads, self.scale)
         return scores + added.flatten(2)
 
     def _index_bytes(self, num_groups, num_selected) -> float | torch.Tensor:
