@@ -54,6 +54,7 @@ def cpu_extension():
         "-std=c++17",
         "-fopenmp-simd",
         "-ffp-contract=fast",
+        "-fno-math-errno",  # or square roots are calls
         "-fvisibility=hidden",
     ]
     if platform.machine() == "x86_64":

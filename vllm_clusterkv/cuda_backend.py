@@ -75,8 +75,8 @@ def crossover_len(num_reqs: int, num_kv_heads: int) -> int:
     Scoring and selecting take some 10 us a layer however little they save, and they
     save in proportion to the batch. On an H100, Llama-3.1-8B's shapes, attention
     between a layer's other kernels, against FLASH_ATTN's (benchmarks/bench_ops.py):
-    2,048 tokens at batch 1, 8 and 64 0.93x, 0.99x and 1.16x when sparse, 4,096 tokens
-    1.2x, 1.6x and 2.0x. At batch 1, 4,096 tokens were slower than that in time per
+    2,048 tokens at batch 1, 8 and 64 0.9x, 1.0x and 1.2x when sparse, 4,096 tokens
+    1.1x, 1.6x and 2.0x. At batch 1, 4,096 tokens were slower than that in time per
     output token (0.94x, commit 6fb9bf3).
 
     Args:

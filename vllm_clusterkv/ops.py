@@ -139,8 +139,9 @@ def score_clusters(
     query head ``h``'s KV head, and what the spread of the keys around the mean adds,
     ``min(0.75 * (sqrt(1 + variance) - 1), 4)``. ``variance`` is that of the logits of
     the cluster's keys, as its page's profile has it: ``(scale * radius[c])**2 *
-    sum(query[r, h]**2 * profile)``, with squares in the query's dtype (in fp16, of at
-    most 4080). A score estimates the logarithm of the keys' mean weight.
+    sum(query[r, h]**2 * profile)``, with squares in the query's dtype (in fp16, of a
+    16th of the query, cut at 255). A score estimates the logarithm of the keys' mean
+    weight.
 
     For the softmax of the next op, ``tile_stats[r, h, t]`` is, of tile ``t``'s clusters
     that have tokens, the max of ``scores`` and the sum of ``count[c] *
@@ -260,10 +261,11 @@ def sparse_decode(
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
         scores: As ``select_clusters``; read with ``tail_estimate``, of all clusters
-            with tokens. Must be those of their mean keys: on CUDA, the means of all
+            with tokens. Must be ``score_clusters``'s: on CUDA, the means of all
             clusters come in and those of the selected ones are taken out again, which
             is exact as long as a selected cluster's mean does not outweigh its rows by
-            more than e^8 (it weighs less, but for the rounding of its key to 16 bits).
+            more than e^8 (it does by e^4 at most, for the spread, and by the rounding
+            of its key).
         selected: As ``select_clusters``.
         scale: Softmax scale.
         num_sink_tokens: Unclustered rows at the start of a request's first page.

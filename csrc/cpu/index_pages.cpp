@@ -213,8 +213,8 @@ void store_spread(Scratch& s, int64_t head_size, int64_t num_clusters, T* spread
     const float elements = static_cast<float>(s.counts[c] * head_size);
     squares[c] = s.counts[c] > 0 ? std::sqrt(squares[c] / elements) : 0.0f;
   }
-  const float factor = total > 0.0f ? static_cast<float>(head_size) / total : 0.0f;
-  scale_row(factor, variances, head_size);
+  const float mean = total / static_cast<float>(head_size);
+  for (int64_t d = 0; d < head_size; ++d) variances[d] = mean > 0.0f ? variances[d] / mean : 0.0f;
   store_row(s.spread.data(), spreads, head_size + num_clusters);
 }
 

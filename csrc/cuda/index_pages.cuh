@@ -662,11 +662,11 @@ class PageIndexer {
     for (int distance = 16; distance > 0; distance /= 2) {
       total += __shfl_xor_sync(kAllLanes, total, distance);
     }
-    const float factor = total > 0.0f ? kHeadSize / total : 0.0f;
+    const float mean = total / kHeadSize;
     if (threadIdx.x < kCols) {
 #pragma unroll
       for (int i = 0; i < kNumSlabs; ++i) {
-        spreads[(first ^ i) * kCols + threadIdx.x] = T(variances[i] * factor);
+        spreads[(first ^ i) * kCols + threadIdx.x] = T(mean > 0.0f ? variances[i] / mean : 0.0f);
       }
     }
     if (threadIdx.x < kNumClusters) {

@@ -149,13 +149,13 @@ __device__ __forceinline__ float4 load_now(const float4* pointer) {
   return value;
 }
 
-// 2^value, subnormal results flushed to zero.
 __device__ __forceinline__ float fast_sqrt(float value) {
   float root;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
   return root;
 }
 
+// 2^value, subnormal results flushed to zero.
 __device__ __forceinline__ float fast_exp2(float value) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(value));

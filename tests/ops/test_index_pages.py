@@ -252,6 +252,18 @@ def test_the_length_of_keys_does_not_matter(magnitude, device):
     assert_same_bits(actual.kv_cache[blocks][values], expected.kv_cache[blocks][values])
 
 
+def test_the_profile_of_tiny_keys(device):
+    """Their variances are fp32's smallest numbers; over their mean they are not."""
+    case = IndexCase((16,), cases.FP32 if device == "cpu" else cases.BF16)
+    rows = separable_rows(case)
+    rows[..., : case.head_size] *= 2.0**-68
+    actual, blocks = run(case, rows, device)
+    profile = actual.spreads[blocks][..., : case.head_size].float()
+    torch.testing.assert_close(
+        profile.mean(-1), torch.ones_like(profile[..., 0]), atol=0.02, rtol=0
+    )
+
+
 @pytest.mark.parametrize("dtype", [cases.BF16, cases.FP16], ids=str)
 def test_the_mean_of_equal_values_is_that_value(dtype, device):
     """Sums of 256 equal 16-bit numbers are exact in fp32, for every finite number."""

@@ -171,6 +171,32 @@ def test_spreads_by_hand(tokens_per_cluster, device):
     torch.testing.assert_close(scores.cpu(), 2 + added)
 
 
+@pytest.mark.parametrize("size", [300.0, 5000.0, 20000.0])
+def test_squares_beyond_fp16(size, device):
+    """Queries whose squares fp16 has no room for, at spreads below the bound of 4."""
+    inputs = make_decode_inputs(cases.DecodeCase((900, 600), cases.FP16, group=2))
+    inputs.query[:] = size * inputs.query.sign()
+    inputs.scale = 0.3 / size
+    expected = inputs.score(reference)
+    without = make_decode_inputs(cases.DecodeCase((900, 600), cases.FP16, group=2))
+    without.query, without.scale = inputs.query, inputs.scale
+    without.pages.spreads.zero_()
+    live = expected.isfinite()
+    added = (expected - without.score(reference))[live]
+    assert 0.01 < added.median() < 3.9
+    actual = inputs.to(device).score(ops)
+    assert_close(actual, expected, scores_by_einsum(inputs))
+
+
+def test_a_warp_of_many_tiles(device):
+    """So many rows and heads that a GPU's warps score tile after tile."""
+    inputs = make_decode_inputs(
+        cases.DecodeCase((1281, 257, 1025) * 24, num_kv_heads=8, group=1)
+    )
+    actual = inputs.to(device).score(ops)
+    assert_close(actual, inputs.score(reference), scores_by_einsum(inputs))
+
+
 def test_tile_stats_by_hand(device):
     """Sinks, empty clusters with the best scores, a tile of two pages, half a tile."""
     inputs, blocks = one_hot_inputs(3, 32, 16, [1.0, 9, *[1] * 6, *[0] * 8, *[-3] * 8])
