@@ -54,7 +54,7 @@ bench: setup ## decode attention on CPU, against dense
 
 clean: ## remove what the above made
 	rm -rf $(VENV) .models build dist tools/vllm-cpu-metapackage/build
-	rm -rf demo-logs .pytest_cache .mypy_cache .ruff_cache *.egg-info tools/vllm-cpu-metapackage/*.egg-info
+	rm -rf demo-logs quality-results .pytest_cache .mypy_cache .ruff_cache *.egg-info tools/vllm-cpu-metapackage/*.egg-info
 	rm -f $(EXTENSION)
 
 # Stamps: the packages follow the locks; the plugin follows its sources.

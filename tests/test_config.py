@@ -91,6 +91,7 @@ def test_the_shortest_sparse_row(settings, crossover, expected):
             [-1, 2**30 + 1, 2048.0, "2048", True],
         ),
         ("stats_path", "a file path or null", ["", 1, True, ["a"]]),
+        ("stats_path", "a file in a folder that exists", ["/tmp", "/nowhere/x"]),
     ],
 )
 def test_a_bad_value_is_named(name, expected, values):

@@ -5,6 +5,7 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_clusterkv.page_layout import BLOCK_SIZE
@@ -74,6 +75,11 @@ class ClusterKVConfig:
             type(self.stats_path) is not str or not self.stats_path
         ):
             self._reject("stats_path", "a file path or null")
+        if self.stats_path is not None and (
+            Path(self.stats_path).is_dir()
+            or not Path(self.stats_path).absolute().parent.is_dir()
+        ):
+            self._reject("stats_path", "a file in a folder that exists")
 
     def _check_int(self, name: str, low: int, high: int, or_else: str = "") -> None:
         value = getattr(self, name)

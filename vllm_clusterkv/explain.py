@@ -201,6 +201,23 @@ def _text_of(path: str) -> str:
         ) from error
 
 
+def _check_view(model: str, layer: int | None, kv_head: int | None) -> None:
+    """Checks what needs no weights, before the minute that the rest takes."""
+    from transformers import AutoConfig
+
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ValueError(
+            f"argument --model: must be a folder or a name on a hub, got {model}"
+        )
+    config = AutoConfig.from_pretrained(model)
+    for flag, value, count in (
+        ("--layer", layer, config.num_hidden_layers),
+        ("--kv-head", kv_head, getattr(config, "num_key_value_heads", None)),
+    ):
+        if value is not None and count and not 0 <= value < count:
+            raise ValueError(f"argument {flag}: must be 0 to {count - 1}, got {value}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_clusterkv.explain",
@@ -248,9 +265,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.prompt:
         parser.error("the prompt must hold at least one token, got an empty text")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"argument --json: must be in an existing folder, got {args.json}")
     # Its progress is not what was asked for. Read when vLLM is first imported.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
+        _check_view(args.model, args.layer, args.kv_head)
         explanation = explain(
             args.model,
             args.prompt,

@@ -52,8 +52,9 @@ try:
 except ImportError as error:
     raise ImportError(
         "vllm_clusterkv._C, the compiled extension, cannot be loaded "
-        f"({error}). Build it with `pip install --no-build-isolation .` in the "
-        "environment that has vLLM."
+        f"({error}). Build it with `pip install .` in the environment that has vLLM, "
+        "and run from another folder than the clone's, whose sources hide what is "
+        "installed; or with `pip install --no-build-isolation -e .`, and run anywhere."
     ) from error
 
 

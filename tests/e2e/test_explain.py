@@ -254,7 +254,10 @@ def test_command_line(main, llm, model_path, text_ids, tmp_path, capsys):
         (["--num-steps", "2046"], "prompt must be 1 to 1 tokens long (max_model_len"),
         (["--token-budget", "0"], "--token-budget: must be a positive integer, got"),
         (["--prompt-file", "/nowhere"], "must be a readable UTF-8 text file, got"),
-        (["--json", "/nowhere/x.json"], "No such file or directory: '/nowhere/x.json'"),
+        (["--json", "/nowhere/x.json"], "--json: must be in an existing folder, got"),
+        (["--layer", "30"], "argument --layer: must be 0 to 29, got 30"),
+        (["--kv-head", "-1"], "argument --kv-head: must be 0 to 2, got -1"),
+        (["--model", "/nowhere"], "--model: must be a folder or a name on a hub, got"),
     ],
 )
 def test_wrong_arguments(main, model_path, capsys, arguments, message):
