@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "params.h"
@@ -113,9 +114,56 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
           centroids.stride(1),    centroids.stride(2),
           centroids.stride(3),    spreads.stride(0),
           spreads.stride(1),      cluster_ends.stride(0),
-          cluster_ends.stride(1), num_blocks,
-          num_kv_heads,           block_size,
-          num_clusters,           row_size / 2};
+          cluster_ends.stride(1), nullptr,
+          0,                      0,
+          num_blocks,             num_kv_heads,
+          block_size,             num_clusters,
+          row_size / 2};
+}
+
+// Where pages' indexes are, for the rows of a batch.
+using OptionalTensor = std::optional<Tensor>;
+
+inline void check_index_table(const Tensor& kv_cache, const OptionalTensor& index_table,
+                              SemanticPages& pages, DecodeRows& rows) {
+  if (!index_table.has_value()) return;
+  const Tensor& t = *index_table;
+  check_devices(kv_cache, {{"index_table", t}});
+  check_dim(t, "index_table", 2);
+  check_dtype(t, "index_table", ScalarType::Int);
+  check_size(t, "index_table", 0, rows.num_reqs, "num_reqs");
+  check_size(t, "index_table", 1, rows.max_blocks, "max_blocks");
+  check_dense_rows(t, "index_table");
+  // Entries count the same bytes in all three.
+  const int64_t size = kv_cache.element_size(), bytes = pages.centroid_block_stride * size;
+  STD_TORCH_CHECK(pages.spread_block_stride * size == bytes &&
+                      pages.ends_block_stride * static_cast<int64_t>(sizeof(int16_t)) == bytes,
+                  "with an index_table, centroids, spreads and cluster_ends must lie as many bytes "
+                  "apart from block to block, got ",
+                  bytes, ", ", pages.spread_block_stride * size, " and ",
+                  pages.ends_block_stride * static_cast<int64_t>(sizeof(int16_t)));
+  rows.index_table = static_cast<const int32_t*>(t.data_ptr());
+  rows.index_table_stride = t.stride(0);
+  pages.centroid_block_stride = pages.spread_block_stride = kIndexUnit / size;
+  pages.ends_block_stride = kIndexUnit / static_cast<int64_t>(sizeof(int16_t));
+}
+
+inline void check_host_cache(const Tensor& kv_cache, const OptionalTensor& host_cache,
+                             SemanticPages& pages) {
+  if (!host_cache.has_value()) return;
+  const Tensor& t = *host_cache;
+  STD_TORCH_CHECK(t.is_cpu(), "host_cache must be on the CPU, got ", device_name(t));
+  check_dim(t, "host_cache", 4);
+  check_dtype(t, "host_cache", kv_cache.scalar_type());
+  check_size(t, "host_cache", 1, pages.num_kv_heads, "num_kv_heads");
+  check_size(t, "host_cache", 2, pages.block_size, "block_size");
+  check_size(t, "host_cache", 3, 2 * pages.head_size, "2 * head_size");
+  check_dense_rows(t, "host_cache");
+  STD_TORCH_CHECK(t.stride(2) == pages.kv_row_stride, "host_cache.stride(2) must equal kv_cache's (",
+                  pages.kv_row_stride, "), got ", t.stride(2));
+  pages.host_cache = t.data_ptr();
+  pages.host_page_stride = t.stride(0);
+  pages.host_head_stride = t.stride(1);
 }
 
 inline DecodeRows check_rows(const SemanticPages& pages, const Tensor& block_table,
@@ -135,9 +183,12 @@ inline DecodeRows check_rows(const SemanticPages& pages, const Tensor& block_tab
   STD_TORCH_CHECK(num_heads > 0 && num_heads % pages.num_kv_heads == 0,
                   "the query's num_heads must be a multiple of num_kv_heads (", pages.num_kv_heads,
                   "), got ", num_heads);
-  return {static_cast<const int32_t*>(block_table.data_ptr()),
+  const auto* blocks = static_cast<const int32_t*>(block_table.data_ptr());
+  return {blocks,
+          blocks,
           static_cast<const int32_t*>(seq_lens.data_ptr()),
           static_cast<const int32_t*>(min_sparse_lens.data_ptr()),
+          block_table.stride(0),
           block_table.stride(0),
           seq_lens.size(0),
           block_table.size(1),
@@ -212,7 +263,8 @@ inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tenso
                                                 const Tensor& block_table, const Tensor& seq_lens,
                                                 const Tensor& min_sparse_lens, double scale,
                                                 int64_t num_sink_tokens, const Tensor& scores,
-                                                const Tensor& tile_stats) {
+                                                const Tensor& tile_stats,
+                                                const OptionalTensor& index_table) {
   ScoreClustersParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"centroids", centroids},
@@ -226,6 +278,7 @@ inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tenso
   params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
   check_query(params.pages, query, kv_cache, "query");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
+  check_index_table(kv_cache, index_table, params.pages, params.rows);
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     params.pages.num_clusters);
@@ -246,7 +299,8 @@ inline SelectClustersParams check_select_clusters(
     const Tensor& scores, const Tensor& tile_stats, const Tensor& kv_cache, const Tensor& centroids,
     const Tensor& spreads, const Tensor& cluster_ends, const Tensor& block_table,
     const Tensor& seq_lens, const Tensor& min_sparse_lens, int64_t num_sink_tokens,
-    int64_t token_budget, const Tensor& selected, const Tensor& num_attended) {
+    int64_t token_budget, const Tensor& selected, const Tensor& num_attended,
+    const OptionalTensor& index_table) {
   SelectClustersParams params{};
   check_devices(kv_cache, {{"scores", scores},
                            {"tile_stats", tile_stats},
@@ -261,6 +315,7 @@ inline SelectClustersParams check_select_clusters(
   params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
   check_dim(scores, "scores", 3);
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, scores.size(1));
+  check_index_table(kv_cache, index_table, params.pages, params.rows);
   const int64_t num_clusters = params.pages.num_clusters;
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     num_clusters);
@@ -288,7 +343,8 @@ inline SparseDecodeParams check_sparse_decode(
     const Tensor& query, const Tensor& kv_cache, const Tensor& centroids, const Tensor& spreads,
     const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
     const Tensor& min_sparse_lens, const Tensor& scores, const Tensor& selected, double scale,
-    int64_t num_sink_tokens, bool tail_estimate, const Tensor& workspace, const Tensor& output) {
+    int64_t num_sink_tokens, bool tail_estimate, const Tensor& workspace, const Tensor& output,
+    const OptionalTensor& index_table, const OptionalTensor& host_cache) {
   SparseDecodeParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"centroids", centroids},
@@ -305,7 +361,9 @@ inline SparseDecodeParams check_sparse_decode(
   check_query(params.pages, query, kv_cache, "query");
   check_query(params.pages, output, kv_cache, "output");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
+  check_index_table(kv_cache, index_table, params.pages, params.rows);
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
+  check_host_cache(kv_cache, host_cache, params.pages);
   check_size(output, "output", 0, params.rows.num_reqs, "num_reqs");
   check_size(output, "output", 1, params.rows.num_heads, "num_heads");
   const int64_t num_clusters = params.pages.num_clusters;

@@ -35,6 +35,10 @@ struct SemanticPages {
   int64_t spread_head_stride;
   int64_t ends_block_stride;
   int64_t ends_head_stride;
+  // Pages outside of kv_cache, strided like it within a head: [num_host_pages, ...], or null.
+  const void* host_cache;
+  int64_t host_page_stride;
+  int64_t host_head_stride;
   int64_t num_blocks;
   int64_t num_kv_heads;
   int64_t block_size;    // tokens a page
@@ -44,10 +48,13 @@ struct SemanticPages {
 
 // The decode rows of a batch.
 struct DecodeRows {
-  const int32_t* block_table;      // [num_reqs, max_blocks]
+  const int32_t* block_table;      // [num_reqs, max_blocks]; -1 - h for page h of host_cache
+  const int32_t* index_table;      // likewise; where a page's index is, in the block strides of
+                                   // centroids, spreads and cluster_ends: block_table as a rule
   const int32_t* seq_lens;         // [num_reqs]; tokens including the current one, 0 for padding
   const int32_t* min_sparse_lens;  // [num_reqs]; shorter rows are attended densely
   int64_t block_table_stride;
+  int64_t index_table_stride;
   int64_t num_reqs;
   int64_t max_blocks;
   int64_t num_heads;
@@ -111,6 +118,9 @@ struct SparseDecodeParams {
 // min(kSpreadWeight * (sqrt(1 + variance) - 1), kSpreadMost).
 constexpr float kSpreadWeight = 0.75f;
 constexpr float kSpreadMost = 4.0f;
+
+// Bytes that an entry of an index_table counts.
+constexpr int64_t kIndexUnit = 512;
 
 // Clusters that share an entry of tile_stats: neighbours, of two pages if these have 8.
 constexpr int64_t kTileClusters = 16;

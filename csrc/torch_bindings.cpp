@@ -15,19 +15,20 @@ STABLE_TORCH_LIBRARY(clusterkv, m) {
       "score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor "
       "cluster_ends, "
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, float scale, "
-      "int num_sink_tokens, Tensor(a!) scores, Tensor(b!) tile_stats) -> ()");
+      "int num_sink_tokens, Tensor(a!) scores, Tensor(b!) tile_stats, Tensor? index_table=None) -> ()");
   m.def(
       "select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids, "
       "Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor "
       "min_sparse_lens, "
-      "int num_sink_tokens, int token_budget, Tensor(a!) selected, Tensor(b!) num_attended) "
-      "-> ()");
+      "int num_sink_tokens, int token_budget, Tensor(a!) selected, Tensor(b!) num_attended, "
+      "Tensor? index_table=None) -> ()");
   m.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor "
       "cluster_ends, "
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, Tensor scores, "
       "Tensor selected, float scale, int num_sink_tokens, bool tail_estimate, "
-      "Tensor(a!) workspace, Tensor(b!) output) -> ()");
+      "Tensor(a!) workspace, Tensor(b!) output, Tensor? index_table=None, "
+      "Tensor? host_cache=None) -> ()");
 }
 
 // Importing the module runs the registrations above; it exports nothing else.

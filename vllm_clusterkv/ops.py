@@ -19,7 +19,16 @@ Shapes used throughout:
     cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16. Cluster ``c`` of a
                   page is its rows ``ends[c-1]`` to ``ends[c] - 1``; the first cluster
                   begins at row 0, or behind the sinks in a request's first page.
-    block_table:  [num_reqs, max_blocks] int32
+    block_table:  [num_reqs, max_blocks] int32. Pages of a row in kv_cache. For
+                  ``sparse_decode``, ``-1 - h`` is page ``h`` of a host_cache.
+    index_table:  [num_reqs, max_blocks] int32, or None. Where the indexes of a row's
+                  pages are, where some are not behind their pages: units of 512 bytes
+                  from the index of block 0. A block's bytes are then the same in
+                  centroids, spreads and cluster_ends.
+    host_cache:   [num_host_pages, num_kv_heads, block_size, 2 * head_size], as
+                  kv_cache, in CPU memory; or None. Pages that have no block, of whose
+                  rows ``sparse_decode`` reads the selected. A sparse row's first page
+                  and its tail page must have one, and a dense row's pages.
     seq_lens:     [num_reqs] int32. Tokens including the current one; 0 is a padding
                   row. A row's first ``(seq_len - 1) // block_size`` pages are
                   indexed; the next one is its tail page.
@@ -133,6 +142,7 @@ def score_clusters(
     num_sink_tokens: int,
     scores: torch.Tensor,
     tile_stats: torch.Tensor,
+    index_table: torch.Tensor | None = None,
 ) -> None:
     """Scores every cluster of every sparse row's indexed pages.
 
@@ -174,6 +184,7 @@ def score_clusters(
         num_sink_tokens,
         scores,
         tile_stats,
+        index_table,
     )
 
 
@@ -191,6 +202,7 @@ def select_clusters(
     token_budget: int,
     selected: torch.Tensor,
     num_attended: torch.Tensor,
+    index_table: torch.Tensor | None = None,
 ) -> None:
     """Chooses the clusters that each row and KV head attends to exactly.
 
@@ -231,6 +243,7 @@ def select_clusters(
         token_budget,
         selected,
         num_attended,
+        index_table,
     )
 
 
@@ -250,6 +263,8 @@ def sparse_decode(
     tail_estimate: bool,
     workspace: torch.Tensor,
     output: torch.Tensor,
+    index_table: torch.Tensor | None = None,
+    host_cache: torch.Tensor | None = None,
 ) -> None:
     """Attends each row to its sinks, selected clusters and tail page.
 
@@ -295,6 +310,8 @@ def sparse_decode(
         tail_estimate,
         workspace,
         output,
+        index_table,
+        host_cache,
     )
 
 

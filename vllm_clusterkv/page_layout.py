@@ -27,7 +27,8 @@ BLOCK_SIZE = 256
 TILE_CLUSTERS = 16
 """Clusters that share an entry of ``tile_stats``: neighbours in a row's order."""
 
-_ALIGNMENT_BYTES = 512
+INDEX_UNIT = 512
+"""Bytes that an entry of an ``index_table`` counts; pages are multiples of it."""
 
 
 def num_tiles(num_clusters: int) -> int:
@@ -85,7 +86,30 @@ class PageLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page with its index: vLLM's ``page_size_padded``."""
-        return -(-self.used_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return -(-self.used_bytes // INDEX_UNIT) * INDEX_UNIT
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of a page's index, padding included: an *entry*, where it is apart."""
+        return self.page_bytes - self.kv_bytes
+
+    @property
+    def entries_per_block(self) -> int:
+        """Entries that fit where a block has its keys and values."""
+        return self.kv_bytes // self.entry_bytes
+
+    def index_place(self, block_bytes: int, block: int, entry: int | None) -> int:
+        """Where an index is: an entry of an ``index_table``.
+
+        Args:
+            block_bytes: From block to block.
+            block: The page, or, with ``entry``, the block that holds entries.
+            entry: Number of the entry; None for the index behind the page.
+        """
+        place = block * block_bytes
+        if entry is not None:
+            place += entry * self.entry_bytes - self.kv_bytes
+        return place // INDEX_UNIT
 
     @property
     def overhead(self) -> float:

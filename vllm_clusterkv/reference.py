@@ -7,7 +7,7 @@ Same names and arguments. Loops over rows, pages and heads; nothing here is fast
 
 import torch
 
-from vllm_clusterkv.page_layout import TILE_CLUSTERS, num_tiles
+from vllm_clusterkv.page_layout import INDEX_UNIT, TILE_CLUSTERS, num_tiles
 
 SPREAD_WEIGHT, SPREAD_MOST = 0.75, 4.0
 """Of ``spread_score``; docs/quality.md has how they were chosen."""
@@ -150,6 +150,7 @@ def score_clusters(
     num_sink_tokens,
     scores,
     tile_stats,
+    index_table=None,
 ) -> None:
     """See ``ops.score_clusters``."""
     num_reqs, num_heads, head_size = query.shape
@@ -157,17 +158,20 @@ def score_clusters(
     for req in range(num_reqs):
         if seq_lens[req] < min_sparse_lens[req]:
             continue
-        blocks = _indexed_blocks(block_table, seq_lens, req, kv_cache.shape[2])
+        num_pages = _num_indexed(seq_lens, req, kv_cache.shape[2])
+        means, page_spreads, ends = _row_indexes(
+            (centroids, spreads, cluster_ends), block_table, index_table, req, num_pages
+        )
         for head in range(num_heads):
-            mean_keys = centroids[blocks, head // group, 0].float()
+            mean_keys = means[:, head // group, 0].float()
             mean_keys = mean_keys.reshape(-1, head_size)  # [row's clusters, head_size]
             row = scale * (mean_keys @ query[req, head].float())
-            spread = spreads[blocks, head // group].float()
+            spread = page_spreads[:, head // group].float()
             squares = query_squares(query[req, head])
             row += spread_score(squares, spread, scale).flatten()
             scores[req, head, : len(row)] = row
-            ends = cluster_ends[blocks, head // group]
-            stats = softmax_stats(row, cluster_sizes(ends, num_sink_tokens))
+            counts = cluster_sizes(ends[:, head // group], num_sink_tokens)
+            stats = softmax_stats(row, counts)
             tile_stats[req, head, : len(stats)] = stats
 
 
@@ -207,6 +211,7 @@ def select_clusters(
     token_budget,
     selected,
     num_attended,
+    index_table=None,
 ) -> None:
     """See ``ops.select_clusters``. Weights come from the scores, not ``tile_stats``."""
     num_reqs, num_heads, _ = scores.shape
@@ -216,9 +221,12 @@ def select_clusters(
         if seq_lens[req] < min_sparse_lens[req]:
             num_attended[req] = seq_lens[req]
             continue
-        blocks = _indexed_blocks(block_table, seq_lens, req, block_size)
+        num_pages = _num_indexed(seq_lens, req, block_size)
+        (ends,) = _row_indexes(
+            (cluster_ends,), block_table, index_table, req, num_pages
+        )
         for head in range(num_kv_heads):
-            counts = cluster_sizes(cluster_ends[blocks, head], num_sink_tokens)
+            counts = cluster_sizes(ends[:, head], num_sink_tokens)
             clustered = int(counts.sum())
             row = scores[req, head * group : (head + 1) * group, : len(counts)]
             weights = rank_weights(row, counts)
@@ -268,6 +276,8 @@ def sparse_decode(
     tail_estimate,
     workspace,
     output,
+    index_table=None,
+    host_cache=None,
 ) -> None:
     """See ``ops.sparse_decode``. ``workspace`` is not used."""
     num_reqs, num_heads, head_size = query.shape
@@ -280,8 +290,11 @@ def sparse_decode(
             output[req] = 0
             continue
         is_dense = seq_len < int(min_sparse_lens[req])
-        blocks = _indexed_blocks(block_table, seq_lens, req, block_size)
-        tail_block = int(block_table[req, len(blocks)])
+        num_pages = _num_indexed(seq_lens, req, block_size)
+        means, ends = _row_indexes(
+            (centroids, cluster_ends), block_table, index_table, req, num_pages
+        )
+        blocks = block_table[req, : num_pages + 1].tolist()
         for head in range(num_heads):
             kv_head = head // group
             q = query[req, head].float()
@@ -292,26 +305,27 @@ def sparse_decode(
                 logits.append(scale * (rows[:, :head_size].float() @ q))
                 values.append(rows[:, head_size:].float())
 
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(blocks[:-1]):
+                page = kv_cache[block] if block >= 0 else host_cache[-1 - block]
                 if is_dense:
-                    attend(kv_cache[block, kv_head])
+                    attend(page[kv_head])
                     continue
                 start = num_sink_tokens if i == 0 else 0
-                attend(kv_cache[block, kv_head, :start])
+                attend(page[kv_head, :start])
                 for c in range(num_clusters):
                     cluster = i * num_clusters + c
-                    end = int(cluster_ends[block, kv_head, c])
+                    end = int(ends[i, kv_head, c])
                     count = end - start
                     if selected[req, kv_head, cluster]:
-                        attend(kv_cache[block, kv_head, start:end])
+                        attend(page[kv_head, start:end])
                     elif tail_estimate and count > 0:
                         log_count = torch.log(torch.tensor(float(count)))
                         logits.append(scores[req, head, cluster, None] + log_count)
-                        mean_value = centroids[block, kv_head, 1, c]
+                        mean_value = means[i, kv_head, 1, c]
                         values.append(mean_value.float()[None])
                     start = end
-            tail_rows = seq_len - len(blocks) * block_size
-            attend(kv_cache[tail_block, kv_head, :tail_rows])
+            tail_rows = seq_len - num_pages * block_size
+            attend(kv_cache[blocks[-1], kv_head, :tail_rows])
             weights = torch.softmax(torch.cat(logits), 0)  # [num_attended_rows]
             output[req, head] = (weights @ torch.cat(values)).to(output.dtype)
 
@@ -334,6 +348,25 @@ def cluster_sizes(cluster_ends, num_sink_tokens) -> torch.Tensor:
     return (ends - starts).reshape(-1)
 
 
-def _indexed_blocks(block_table, seq_lens, req, block_size) -> list[int]:
-    seq_len = int(seq_lens[req])
-    return block_table[req, : max(seq_len - 1, 0) // block_size].tolist()
+def _num_indexed(seq_lens, req, block_size) -> int:
+    return max(int(seq_lens[req]) - 1, 0) // block_size
+
+
+def _row_indexes(views, block_table, index_table, req, num_pages) -> list[torch.Tensor]:
+    """Of each of an index's views, [num_blocks, ...], those of a row's pages."""
+    if index_table is None:
+        blocks = block_table[req, :num_pages].tolist()
+        return [view[blocks] for view in views]
+    places = index_table[req, :num_pages].tolist()
+    return [
+        torch.stack([_index_at(view, place) for place in places])
+        if places
+        else view[:0]
+        for view in views
+    ]
+
+
+def _index_at(view, place) -> torch.Tensor:
+    """What is ``place`` units behind that of block 0."""
+    offset = view.storage_offset() + place * INDEX_UNIT // view.element_size()
+    return view.as_strided(view.shape[1:], view.stride()[1:], offset)

@@ -9,8 +9,8 @@ namespace clusterkv::cpu {
 // The ends of a page's clusters: [num_clusters].
 inline const int16_t* ends_of_page(const SemanticPages& pages, const DecodeRows& rows, int64_t req,
                                    int64_t head, int64_t page) {
-  const int64_t block = rows.block_table[req * rows.block_table_stride + page];
-  return pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
+  const int64_t place = rows.index_table[req * rows.index_table_stride + page];
+  return pages.cluster_ends + place * pages.ends_block_stride + head * pages.ends_head_stride;
 }
 
 // Tokens of each cluster of a row's page. Sinks are in no cluster; they are on page 0.

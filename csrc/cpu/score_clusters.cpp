@@ -123,13 +123,13 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
       }
       float* scores = p.scores + (req * rows.num_heads + first_head) * p.max_clusters;
       const auto centroids_of = [&](int64_t page) {
-        const int64_t block = rows.block_table[req * rows.block_table_stride + page];
-        return static_cast<const T*>(pages.centroids) + block * pages.centroid_block_stride +
+        const int64_t place = rows.index_table[req * rows.index_table_stride + page];
+        return static_cast<const T*>(pages.centroids) + place * pages.centroid_block_stride +
                head * pages.centroid_head_stride;
       };
       const auto spreads_of = [&](int64_t page) {
-        const int64_t block = rows.block_table[req * rows.block_table_stride + page];
-        return static_cast<const T*>(pages.spreads) + block * pages.spread_block_stride +
+        const int64_t place = rows.index_table[req * rows.index_table_stride + page];
+        return static_cast<const T*>(pages.spreads) + place * pages.spread_block_stride +
                head * pages.spread_head_stride;
       };
       // Every page is a new place in memory: find all of them before reading any.
@@ -184,10 +184,10 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
 void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
                     Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
                     Tensor min_sparse_lens, double scale, int64_t num_sink_tokens, Tensor scores,
-                    Tensor tile_stats) {
+                    Tensor tile_stats, OptionalTensor index_table) {
   const ScoreClustersParams params =
       check_score_clusters(query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
-                           min_sparse_lens, scale, num_sink_tokens, scores, tile_stats);
+                           min_sparse_lens, scale, num_sink_tokens, scores, tile_stats, index_table);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
                               score_clusters_kernel<scalar_t>(params));
 }

@@ -150,10 +150,10 @@ void select_row(const SelectClustersParams& p, int64_t req, int64_t head, Scratc
 void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids,
                      Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
                      Tensor min_sparse_lens, int64_t num_sink_tokens, int64_t token_budget,
-                     Tensor selected, Tensor num_attended) {
+                     Tensor selected, Tensor num_attended, OptionalTensor index_table) {
   const SelectClustersParams params = check_select_clusters(
       scores, tile_stats, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
-      min_sparse_lens, num_sink_tokens, token_budget, selected, num_attended);
+      min_sparse_lens, num_sink_tokens, token_budget, selected, num_attended, index_table);
   const int64_t num_kv_heads = params.pages.num_kv_heads;
   const int64_t num_tasks = params.rows.num_reqs * num_kv_heads;
   const int64_t task_scores = params.rows.num_heads / num_kv_heads * params.max_clusters;

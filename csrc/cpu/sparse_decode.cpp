@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "cluster_tokens.h"
 #include "dispatch.h"
 
 namespace clusterkv::cpu {
@@ -239,17 +240,20 @@ void list_rows(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t f
   list.clear();
   for (int64_t page = first_page; page < last_page; ++page) {
     const int64_t block = p.rows.block_table[req * p.rows.block_table_stride + page];
-    const T* rows = static_cast<const T*>(pages.kv_cache) + block * pages.kv_block_stride +
-                    head * pages.kv_head_stride;
+    const T* rows = block >= 0
+                        ? static_cast<const T*>(pages.kv_cache) + block * pages.kv_block_stride +
+                              head * pages.kv_head_stride
+                        : static_cast<const T*>(pages.host_cache) +
+                              (-1 - block) * pages.host_page_stride + head * pages.host_head_stride;
     if (dense || page == num_indexed) {  // the tail page has no index
       const int64_t num_left = seq_len - page * pages.block_size;
       list.add_tokens(rows, std::min(num_left, pages.block_size), row_stride);
       continue;
     }
-    const int16_t* ends =
-        pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
+    const int16_t* ends = ends_of_page(pages, p.rows, req, head, page);
+    const int64_t place = p.rows.index_table[req * p.rows.index_table_stride + page];
     const T* mean_values = static_cast<const T*>(pages.centroids) +
-                           block * pages.centroid_block_stride + head * pages.centroid_head_stride +
+                           place * pages.centroid_block_stride + head * pages.centroid_head_stride +
                            pages.centroid_value_offset;
     int64_t start = page == 0 ? p.num_sink_tokens : 0;
     list.add_tokens(rows, start, row_stride);
@@ -327,10 +331,10 @@ void sparse_decode_kernel(const SparseDecodeParams& p) {
 void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
                    Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
                    Tensor scores, Tensor selected, double scale, int64_t num_sink_tokens,
-                   bool tail_estimate, Tensor workspace, Tensor output) {
+                   bool tail_estimate, Tensor workspace, Tensor output, OptionalTensor index_table, OptionalTensor host_cache) {
   const SparseDecodeParams params = check_sparse_decode(
       query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens, min_sparse_lens,
-      scores, selected, scale, num_sink_tokens, tail_estimate, workspace, output);
+      scores, selected, scale, num_sink_tokens, tail_estimate, workspace, output, index_table, host_cache);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "sparse_decode",
                               sparse_decode_kernel<scalar_t>(params));
 }

@@ -6,12 +6,17 @@ Everything is made on the CPU from a fixed seed and then copied to a device, so 
 case is the same case everywhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vllm_clusterkv import reference
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
+from vllm_clusterkv.page_layout import (
+    BLOCK_SIZE,
+    INDEX_UNIT,
+    PageLayout,
+    num_tiles,
+)
 
 POISON_BYTE = -1  # bytes of 0xff: NaN in every float dtype, -1 as a cluster end
 UNTOUCHED = 77  # fills uint8 outputs
@@ -99,9 +104,14 @@ class DecodeInputs:
     min_sparse_lens: torch.Tensor  # [num_reqs] int32
     scale: float
     num_sink_tokens: int
+    index_table: torch.Tensor | None = None  # [num_reqs, max_blocks] int32
+    host_cache: torch.Tensor | None = None  # [num_host_pages, ...] as kv_cache
 
     def to(self, device: str) -> "DecodeInputs":
-        """A copy on ``device`` whose query and block table are strided views."""
+        """A copy on ``device`` whose query and tables are strided views."""
+        index_table = self.index_table
+        if index_table is not None:
+            index_table = with_gaps(index_table.to(device))
         return DecodeInputs(
             self.pages.to(device),
             with_gaps(self.query.to(device)),
@@ -110,6 +120,10 @@ class DecodeInputs:
             self.min_sparse_lens.to(device, copy=True),
             self.scale,
             self.num_sink_tokens,
+            None
+            if self.index_table is None
+            else with_gaps(self.index_table.to(device)),
+            self.host_cache,
         )
 
     def only(self, req: int) -> "DecodeInputs":
@@ -123,6 +137,53 @@ class DecodeInputs:
             self.min_sparse_lens[rows],
             self.scale,
             self.num_sink_tokens,
+            None if self.index_table is None else self.index_table[rows],
+            self.host_cache,
+        )
+
+    def spilled(self, seed: int = 0) -> "DecodeInputs":
+        """The same batch with some pages on the host, and NaN where they were.
+
+        All that may go: of sparse rows' indexed pages but the first about half.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        layout, num_blocks = self.pages.layout, len(self.pages.kv_cache)
+        candidates = [
+            (req, page)
+            for req in range(len(self.seq_lens))
+            for page in range(1, self.num_indexed(req))
+            if torch.rand((), generator=generator) < 0.6
+        ]
+        # Entries in any order, with gaps: of a block's entries every other one.
+        per_block = -(-layout.entries_per_block // 2)
+        num_new = -(-len(candidates) // per_block)
+        pages = Pages.poisoned(layout, num_blocks + num_new)
+        pages.buffer[: len(self.pages.buffer)] = self.pages.buffer
+        host_shape = (len(candidates) + 1, *pages.kv_cache.shape[1:])
+        host_cache = torch.full(host_shape, float("nan"), dtype=layout.dtype)
+        host_pages = torch.randperm(len(host_cache), generator=generator).tolist()
+        block_table = self.block_table.clone()
+        index_table = block_table * (layout.page_bytes // INDEX_UNIT)
+        of_blocks = pages.buffer.view(-1, layout.page_bytes)
+        for i, (req, page) in enumerate(candidates):
+            block = int(block_table[req, page])
+            entry_block, entry = num_blocks + i // per_block, i % per_block * 2
+            host_cache[host_pages[i]] = pages.kv_cache[block]
+            start = entry * layout.entry_bytes
+            of_blocks[entry_block, start : start + layout.entry_bytes] = of_blocks[
+                block, layout.kv_bytes :
+            ]
+            of_blocks[block] = POISON_BYTE
+            block_table[req, page] = -1 - host_pages[i]
+            index_table[req, page] = layout.index_place(
+                layout.page_bytes, entry_block, entry
+            )
+        return replace(
+            self,
+            pages=pages,
+            block_table=block_table,
+            index_table=index_table,
+            host_cache=host_cache,
         )
 
     def num_pages(self, req: int) -> int:
@@ -162,7 +223,11 @@ class DecodeInputs:
                 self.query.shape[1], float("inf"), torch.float32
             ),
             "tile_stats": self._no_stats(),
+            **self._index_args(),
         }
+
+    def _index_args(self) -> dict:
+        return {} if self.index_table is None else {"index_table": self.index_table}
 
     def _no_stats(self) -> torch.Tensor:
         """[num_reqs, num_heads, num_tiles, 2], all NaN."""
@@ -211,6 +276,7 @@ class DecodeInputs:
                 dtype=torch.int32,
                 device=self.query.device,
             ),
+            **self._index_args(),
         }
 
     def decode_args(
@@ -235,6 +301,8 @@ class DecodeInputs:
             "tail_estimate": tail_estimate,
             "workspace": torch.full(shape, poison, device=device),
             "output": with_gaps(output),
+            **self._index_args(),
+            **({} if self.host_cache is None else {"host_cache": self.host_cache}),
         }
 
     def score(self, module) -> torch.Tensor:

@@ -5,5 +5,6 @@
 A KV connector that the plugin configures itself (``host_memory_gib``). Its scheduler
 half (``scheduler.py``) decides which pages leave the GPU and when; its worker half
 (``worker.py``) copies them and keeps the tables by which decode finds them;
-``messages.py`` is what passes between the two. ``docs/recall.md`` has the life of a page.
+``messages.py`` is what passes between the two. ``docs/recall.md`` has the life of a
+page.
 """

@@ -82,7 +82,7 @@ class Orders(KVConnectorMetadata):
     Attributes:
         commands: Changes of the tables, in order.
         reused_blocks: Released blocks that have a new owner, to be poisoned by tests.
-        transfers: Copies to make. Pages computed and indexed before this step's forward.
+        transfers: Copies to make, of pages indexed before this step's forward.
     """
 
     commands: list[Command] = field(default_factory=list)
