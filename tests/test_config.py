@@ -27,6 +27,9 @@ def test_defaults(additional_config):
         "tail_estimate": True,
         "min_sparse_len": None,
         "stats_path": None,
+        "host_memory_gib": 0,
+        "host_watermark": 0.05,
+        "poison_released": False,
     }
 
 
@@ -40,6 +43,9 @@ def test_defaults(additional_config):
         ("tail_estimate", [True, False]),
         ("min_sparse_len", [0, 2**30, None]),
         ("stats_path", ["/tmp/stats.jsonl", None]),
+        ("host_memory_gib", [0, 0.5, 100]),
+        ("host_watermark", [0, 0.5]),
+        ("poison_released", [True, False]),
     ],
 )
 def test_the_ends_of_each_range_are_accepted(name, values):

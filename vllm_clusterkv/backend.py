@@ -99,6 +99,9 @@ class DecodeMetadata:
     block_table: torch.Tensor  # [num_decodes, max_blocks] int32
     seq_lens: torch.Tensor  # [num_decodes] int32
     min_sparse_lens: torch.Tensor  # [num_decodes] int32, shorter rows attend densely
+    # With a host tier: as ops.py has it, and the metadata that it was made from.
+    index_table: torch.Tensor | None = None
+    source: "DecodeMetadata | None" = None
 
 
 @dataclass
@@ -227,6 +230,7 @@ def decode(
     config: ClusterKVConfig,
     scratch: DecodeScratch,
     output: torch.Tensor,
+    host_cache: torch.Tensor | None = None,
 ) -> None:
     """Sparse attention of the decode rows of one layer.
 
@@ -239,7 +243,9 @@ def decode(
         config: Settings.
         scratch: Of the layer's shape. Rows that do not fit at once run in parts.
         output: [num_decodes, num_heads, head_size]. Written.
+        host_cache: The layer's pages on the host, as ``ops.py`` has it.
     """
+    index_table = metadata.index_table
     for start in range(0, len(query), scratch.max_rows):
         rows = slice(start, start + scratch.max_rows)
         _decode_rows(
@@ -250,11 +256,13 @@ def decode(
                 metadata.block_table[rows],
                 metadata.seq_lens[rows],
                 metadata.min_sparse_lens[rows],
+                None if index_table is None else index_table[rows],
             ),
             scale,
             config,
             scratch,
             output[rows],
+            host_cache,
         )
 
 
@@ -267,6 +275,7 @@ def _decode_rows(
     config: ClusterKVConfig,
     scratch: DecodeScratch,
     output: torch.Tensor,
+    host_cache: torch.Tensor | None,
 ) -> None:
     max_clusters = metadata.block_table.shape[1] * config.num_clusters
     scores, tile_stats, selected, num_attended, workspace = scratch.shape(
@@ -275,7 +284,14 @@ def _decode_rows(
     index = (pages.kv_cache, pages.centroids, pages.spreads, pages.cluster_ends)
     rows = (metadata.block_table, metadata.seq_lens, metadata.min_sparse_lens)
     ops.score_clusters(
-        query, *index, *rows, scale, config.num_sink_tokens, scores, tile_stats
+        query,
+        *index,
+        *rows,
+        scale,
+        config.num_sink_tokens,
+        scores,
+        tile_stats,
+        metadata.index_table,
     )
     ops.select_clusters(
         scores,
@@ -286,6 +302,7 @@ def _decode_rows(
         config.token_budget,
         selected,
         num_attended,
+        metadata.index_table,
     )
     ops.sparse_decode(
         query,
@@ -298,6 +315,8 @@ def _decode_rows(
         config.tail_estimate,
         workspace,
         output,
+        metadata.index_table,
+        host_cache,
     )
     if observe.observers:
         observe.notify(

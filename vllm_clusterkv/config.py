@@ -31,6 +31,11 @@ class ClusterKVConfig:
         stats_path: File that receives one JSON line a decode step with the context
             and the attended tokens of each request; None for no file. For demos and
             debugging. With data parallelism, of the first replica alone.
+        host_memory_gib: CPU memory for pages of running requests that the KV cache has
+            no room for, of all workers together; 0 for none.
+        host_watermark: Share of the KV cache's blocks to keep free by moving pages
+            there.
+        poison_released: Fill blocks whose page has moved with NaN. For tests.
     """
 
     token_budget: int = 1024
@@ -40,6 +45,9 @@ class ClusterKVConfig:
     tail_estimate: bool = True
     min_sparse_len: int | None = None
     stats_path: str | None = None
+    host_memory_gib: float = 0
+    host_watermark: float = 0.05
+    poison_released: bool = False
 
     @property
     def num_clusters(self) -> int:
@@ -69,8 +77,11 @@ class ClusterKVConfig:
             self.tokens_per_cluster not in (8, 16, 32)
         ):
             self._reject("tokens_per_cluster", "8, 16 or 32")
-        if type(self.tail_estimate) is not bool:
-            self._reject("tail_estimate", "true or false")
+        for name in ("tail_estimate", "poison_released"):
+            if type(getattr(self, name)) is not bool:
+                self._reject(name, "true or false")
+        self._check_number("host_memory_gib", 0, 2**20)
+        self._check_number("host_watermark", 0, 0.5)
         if self.stats_path is not None and (
             type(self.stats_path) is not str or not self.stats_path
         ):
@@ -85,6 +96,11 @@ class ClusterKVConfig:
         value = getattr(self, name)
         if type(value) is not int or not low <= value <= high:
             self._reject(name, f"an integer from {low} to {high}{or_else}")
+
+    def _check_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if type(value) not in (int, float) or not low <= value <= high:
+            self._reject(name, f"a number from {low} to {high}")
 
     def _reject(self, name: str, expected: str) -> None:
         raise ValueError(

@@ -39,6 +39,7 @@ from vllm_clusterkv.backend import (
 )
 from vllm_clusterkv.config import ClusterKVConfig
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+from vllm_clusterkv.recall.worker import tier_of
 
 CROSSOVER_LEN = 2048
 """Tokens from which selecting is faster than attending to everything, on a CPU.
@@ -261,15 +262,22 @@ class ClusterKVCPUImpl(ClusterKVImpl):
         if attn_metadata.completed is not None:
             index_completed_pages(pages, attn_metadata.completed, self.config)
         if attn_metadata.decode is not None:
+            rows, host_cache = attn_metadata.decode, None
+            name = layer.layer_name  # type: ignore[attr-defined]
+            host_tier = tier_of(name)
+            if host_tier is not None:
+                rows = host_tier.resolve(rows)
+                host_cache = host_tier.host_cache(name)
             decode(
-                layer.layer_name,  # type: ignore[attr-defined]
+                name,
                 query[:num_decode_tokens],
                 pages,
-                attn_metadata.decode,
+                rows,
                 self.scale,
                 self.config,
-                self._new_scratch(attn_metadata.decode.block_table),
+                self._new_scratch(rows.block_table),
                 output[:num_decode_tokens],
+                host_cache,
             )
 
     def _prefill(

@@ -37,6 +37,7 @@ def _wrap_config(member: AttentionBackendEnum) -> None:
     def post_init(self: VllmConfig, *args, **kwargs) -> None:
         if _is_selected(member, self) and not _is_submodel_view(self):
             requirements.set_page_size(self.cache_config)
+            requirements.set_connector(self)
             requirements.check_config(self)
             if current_platform.is_cuda():
                 _wrap_streaming_input(member)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
+from vllm.config import KVTransferConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
@@ -37,6 +38,8 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 MAX_GROUP_SIZE = 16
 """Query heads a KV head, on CUDA."""
 
+_CONNECTOR = "ClusterKVConnector"
+
 _USE_ANOTHER_BACKEND = "use another --attention-backend for this model"
 
 
@@ -57,13 +60,45 @@ def set_page_size(cache_config: "CacheConfig") -> None:
     cache_config.user_specified_block_size = True
 
 
+def set_connector(vllm_config: "VllmConfig") -> None:
+    """Makes the host tier vLLM's KV connector, if it is on.
+
+    Before vLLM looks at the configuration, since a connector decides other settings.
+
+    Raises:
+        ValueError: There is a connector already.
+    """
+    config = ClusterKVConfig.from_additional_config(vllm_config.additional_config)
+    if config.host_memory_gib == 0 or is_own_connector(vllm_config.kv_transfer_config):
+        return
+    if vllm_config.kv_transfer_config is not None:
+        raise refusal(
+            "--kv-transfer-config is not supported with clusterkv.host_memory_gib, "
+            "which is a KV connector itself",
+            "leave one of them out",
+        )
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=_CONNECTOR,
+        kv_connector_module_path="vllm_clusterkv.recall.connector",
+        # One that only sends: requests' blocks are freed at once when they finish.
+        kv_role="kv_producer",
+    )
+
+
+def is_own_connector(kv_transfer_config: Any) -> bool:
+    """Whether it is ``set_connector``'s."""
+    return (
+        kv_transfer_config is not None and kv_transfer_config.kv_connector == _CONNECTOR
+    )
+
+
 def check_config(vllm_config: "VllmConfig") -> None:
     """Checks settings and flags, and what the model's configuration shows.
 
     Raises:
         ValueError: Something is not supported.
     """
-    ClusterKVConfig.from_additional_config(vllm_config.additional_config)
+    config = ClusterKVConfig.from_additional_config(vllm_config.additional_config)
     platform = _check_platform()
     _check_parallelism(vllm_config.parallel_config)
     _check_prefix_match_unit(vllm_config.cache_config)
@@ -73,8 +108,11 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "in indexed pages",
             "leave it out",
         )
+    if config.host_memory_gib > 0:
+        _check_host_tier(vllm_config, platform)
+    connector = vllm_config.kv_transfer_config
     for flag, value in {
-        "--kv-transfer-config": vllm_config.kv_transfer_config,
+        "--kv-transfer-config": None if is_own_connector(connector) else connector,
         "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size,
     }.items():
         if value is not None:
@@ -237,6 +275,21 @@ def _check_cuda(vllm_config: "VllmConfig") -> None:
         raise refusal(
             "clusterkv.stats_path needs decode steps outside of CUDA graphs",
             "pass --enforce-eager, or leave it out",
+        )
+
+
+def _check_host_tier(vllm_config: "VllmConfig", platform: str) -> None:
+    if platform != "cpu":
+        raise refusal(
+            "clusterkv.host_memory_gib is not supported on GPUs yet",
+            "leave it out",
+        )
+    if not vllm_config.scheduler_config.scheduler_reserve_full_isl:
+        raise refusal(
+            "--no-scheduler-reserve-full-isl is not supported with "
+            "clusterkv.host_memory_gib: prompts admitted in part could wait for each "
+            "other's pages",
+            "leave one of them out",
         )
 
 
