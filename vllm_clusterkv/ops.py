@@ -26,9 +26,10 @@ Shapes used throughout:
                   from the index of block 0. A block's bytes are then the same in
                   centroids, spreads and cluster_ends.
     host_cache:   [num_host_pages, num_kv_heads, block_size, 2 * head_size], as
-                  kv_cache, in CPU memory; or None. Pages that have no block, of whose
-                  rows ``sparse_decode`` reads the selected. A sparse row's first page
-                  and its tail page must have one, and a dense row's pages.
+                  kv_cache, in CPU memory, pinned for CUDA; or None. Pages that have no
+                  block, of whose rows ``sparse_decode`` reads the selected. A sparse
+                  row's first page and its tail page must have one, and all pages of a
+                  dense row.
     seq_lens:     [num_reqs] int32. Tokens including the current one; 0 is a padding
                   row. A row's first ``(seq_len - 1) // block_size`` pages are
                   indexed; the next one is its tail page.

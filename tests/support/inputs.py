@@ -109,9 +109,11 @@ class DecodeInputs:
 
     def to(self, device: str) -> "DecodeInputs":
         """A copy on ``device`` whose query and tables are strided views."""
-        index_table = self.index_table
+        index_table, host_cache = self.index_table, self.host_cache
         if index_table is not None:
             index_table = with_gaps(index_table.to(device))
+        if host_cache is not None and device != "cpu":
+            host_cache = host_cache.pin_memory()  # so that kernels can read it
         return DecodeInputs(
             self.pages.to(device),
             with_gaps(self.query.to(device)),
