@@ -107,17 +107,28 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
   check_dense_rows(centroids, "centroids");
   check_dense_rows(spreads, "spreads");
   check_dense_rows(cluster_ends, "cluster_ends");
-  return {kv_cache.data_ptr(),    centroids.data_ptr(),
-          spreads.data_ptr(),     static_cast<int16_t*>(cluster_ends.data_ptr()),
-          kv_cache.stride(0),     kv_cache.stride(1),
-          kv_cache.stride(2),     centroids.stride(0),
-          centroids.stride(1),    centroids.stride(2),
-          centroids.stride(3),    spreads.stride(0),
-          spreads.stride(1),      cluster_ends.stride(0),
-          cluster_ends.stride(1), nullptr,
-          0,                      0,
-          num_blocks,             num_kv_heads,
-          block_size,             num_clusters,
+  return {kv_cache.data_ptr(),
+          centroids.data_ptr(),
+          spreads.data_ptr(),
+          static_cast<int16_t*>(cluster_ends.data_ptr()),
+          kv_cache.stride(0),
+          kv_cache.stride(1),
+          kv_cache.stride(2),
+          centroids.stride(0),
+          centroids.stride(1),
+          centroids.stride(2),
+          centroids.stride(3),
+          spreads.stride(0),
+          spreads.stride(1),
+          cluster_ends.stride(0),
+          cluster_ends.stride(1),
+          nullptr,
+          0,
+          0,
+          num_blocks,
+          num_kv_heads,
+          block_size,
+          num_clusters,
           row_size / 2};
 }
 
@@ -159,8 +170,9 @@ inline void check_host_cache(const Tensor& kv_cache, const OptionalTensor& host_
   check_size(t, "host_cache", 2, pages.block_size, "block_size");
   check_size(t, "host_cache", 3, 2 * pages.head_size, "2 * head_size");
   check_dense_rows(t, "host_cache");
-  STD_TORCH_CHECK(t.stride(2) == pages.kv_row_stride, "host_cache.stride(2) must equal kv_cache's (",
-                  pages.kv_row_stride, "), got ", t.stride(2));
+  STD_TORCH_CHECK(t.stride(2) == pages.kv_row_stride,
+                  "host_cache.stride(2) must equal kv_cache's (", pages.kv_row_stride, "), got ",
+                  t.stride(2));
   pages.host_cache = t.data_ptr();
   pages.host_page_stride = t.stride(0);
   pages.host_head_stride = t.stride(1);
@@ -257,14 +269,11 @@ inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& 
   return params;
 }
 
-inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tensor& kv_cache,
-                                                const Tensor& centroids, const Tensor& spreads,
-                                                const Tensor& cluster_ends,
-                                                const Tensor& block_table, const Tensor& seq_lens,
-                                                const Tensor& min_sparse_lens, double scale,
-                                                int64_t num_sink_tokens, const Tensor& scores,
-                                                const Tensor& tile_stats,
-                                                const OptionalTensor& index_table) {
+inline ScoreClustersParams check_score_clusters(
+    const Tensor& query, const Tensor& kv_cache, const Tensor& centroids, const Tensor& spreads,
+    const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
+    const Tensor& min_sparse_lens, double scale, int64_t num_sink_tokens, const Tensor& scores,
+    const Tensor& tile_stats, const OptionalTensor& index_table) {
   ScoreClustersParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"centroids", centroids},

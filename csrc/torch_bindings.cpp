@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(clusterkv, m) {
       "score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor "
       "cluster_ends, "
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, float scale, "
-      "int num_sink_tokens, Tensor(a!) scores, Tensor(b!) tile_stats, Tensor? index_table=None) -> ()");
+      "int num_sink_tokens, Tensor(a!) scores, Tensor(b!) tile_stats, Tensor? index_table=None) -> "
+      "()");
   m.def(
       "select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids, "
       "Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor "

@@ -185,9 +185,9 @@ void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spre
                     Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
                     Tensor min_sparse_lens, double scale, int64_t num_sink_tokens, Tensor scores,
                     Tensor tile_stats, OptionalTensor index_table) {
-  const ScoreClustersParams params =
-      check_score_clusters(query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
-                           min_sparse_lens, scale, num_sink_tokens, scores, tile_stats, index_table);
+  const ScoreClustersParams params = check_score_clusters(
+      query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens, min_sparse_lens,
+      scale, num_sink_tokens, scores, tile_stats, index_table);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
                               score_clusters_kernel<scalar_t>(params));
 }

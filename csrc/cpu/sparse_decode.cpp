@@ -331,10 +331,12 @@ void sparse_decode_kernel(const SparseDecodeParams& p) {
 void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
                    Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
                    Tensor scores, Tensor selected, double scale, int64_t num_sink_tokens,
-                   bool tail_estimate, Tensor workspace, Tensor output, OptionalTensor index_table, OptionalTensor host_cache) {
-  const SparseDecodeParams params = check_sparse_decode(
-      query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens, min_sparse_lens,
-      scores, selected, scale, num_sink_tokens, tail_estimate, workspace, output, index_table, host_cache);
+                   bool tail_estimate, Tensor workspace, Tensor output, OptionalTensor index_table,
+                   OptionalTensor host_cache) {
+  const SparseDecodeParams params =
+      check_sparse_decode(query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
+                          min_sparse_lens, scores, selected, scale, num_sink_tokens, tail_estimate,
+                          workspace, output, index_table, host_cache);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "sparse_decode",
                               sparse_decode_kernel<scalar_t>(params));
 }
