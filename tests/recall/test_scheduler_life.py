@@ -25,7 +25,7 @@ def live(engine: Engine, rng: random.Random, num_steps: int) -> None:
                 own = []
             prompt = stem + own or [1]
             engine.add(
-                f"r{num_added}", prompt, rng.randint(1, 48), priority=rng.randint(0, 2)
+                f"r{num_added}", prompt, rng.randint(1, 32), priority=rng.randint(0, 2)
             )
             num_added += 1
         if rng.random() < 0.01 and engine.scheduler.requests:
@@ -45,6 +45,7 @@ def make_random_engine(folder, rng, asynchronous, policy="fcfs", **settings) -> 
         asynchronous=asynchronous,
         policy=policy,
         max_num_batched_tokens=40,
+        max_model_len=4 * (NUM_BLOCKS - 2),
         **{
             "num_host_pages": 24,
             "max_slots": 3,
