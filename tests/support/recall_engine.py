@@ -160,7 +160,6 @@ class Row:
 class Pending:
     transfer: Transfer
     steps_left: int
-    rows: list[int] | None
 
 
 @dataclass
@@ -171,8 +170,8 @@ class Worker:
         truth: Of all requests.
         delay: Gives the steps that the next copy takes.
         min_spillable_len: Rows with fewer tokens are dense.
-        copies_early: Whether a copy reads the block when it is ordered, or when it
-            completes. Both, and all in between, may happen.
+        copies_early: Whether a copy is made when it is ordered, or when it completes.
+            Both, and all in between, may happen.
         num_recalled: Pages found on the host by decoding rows, so far.
     """
 
@@ -236,8 +235,12 @@ class Worker:
             transfer.block
         ]
         self.rows[entry.block] = [POISON] * BLOCK
-        early = list(self.rows[transfer.block]) if self.copies_early else None
-        self.pending.append(Pending(transfer, self.delay(), early))
+        if self.copies_early:
+            self._copy(transfer)
+        self.pending.append(Pending(transfer, self.delay()))
+
+    def _copy(self, transfer: Transfer) -> None:
+        self.host[transfer.host_page] = list(self.rows[transfer.block])
 
     def _complete(self) -> dict[int, int]:
         """Ends copies, in the order in which they were begun."""
@@ -246,9 +249,8 @@ class Worker:
             copy.steps_left -= 1
         while self.pending and self.pending[0].steps_left <= 0:
             copy = self.pending.popleft()
-            self.host[copy.transfer.host_page] = (
-                list(self.rows[copy.transfer.block]) if copy.rows is None else copy.rows
-            )
+            if not self.copies_early:
+                self._copy(copy.transfer)
             completed[copy.transfer.number] = 1
         return completed
 
@@ -318,7 +320,7 @@ class Engine:
         orders: Of the last step.
         rows: Of the last step.
         dropped: Kinds of command that are kept from the workers.
-        num_preemptions: So far.
+        num_preemptions: For want of blocks, so far.
     """
 
     def __init__(self, scheduler: Scheduler, delay, world_size: int) -> None:
@@ -371,10 +373,11 @@ class Engine:
     def step(self) -> None:
         """Schedules and executes a step; with asynchronous scheduling its output is
         processed behind the next one's scheduling."""
+        by_reset = set(self.scheduler.reset_preempted_req_ids)
         output = self.scheduler.schedule()
         self.orders = output.kv_connector_metadata
         self.rows = self._rows(output)
-        self.num_preemptions += len(output.preempted_req_ids or ())
+        self.num_preemptions += len(set(output.preempted_req_ids or ()) - by_reset)
         kept = [c for c in self.orders.commands if not isinstance(c, self.dropped)]
         orders = Orders(kept, self.orders.reused_blocks, self.orders.transfers)
         done = [worker.execute(output, orders, self.rows) for worker in self.workers]
