@@ -297,16 +297,18 @@ def test_rows_of_prompts_keep_their_pages(tmp_path):
 
 
 def test_a_resumed_request_keeps_its_pages_in_its_first_step(tmp_path):
+    # Preempted with one token generated, it finds all others in the prefix cache: its
+    # row has one token, like a decode step's, but is dense.
     engine = make_engine(tmp_path, num_blocks=40, watermark=ALL)
-    engine.add("a", prompt(23), max_tokens=20)
-    engine.add("b", prompt(23), max_tokens=20)
-    for _ in range(3):
-        engine.step()
+    engine.add("a", prompt(24), max_tokens=20)
+    engine.step()
     engine.scheduler._preempt_request(engine.scheduler.running.pop(), 0.0)
     engine.step()
-    (row,) = (row for row in engine.rows if row.request_id == "b")
-    assert not row.decodes and row.num_computed > 0
-    assert "b" not in engine.recall._spilled
+    (row,) = engine.rows
+    assert (row.num_computed, row.num_new, row.decodes) == (24, 1, False)
+    assert engine.orders == Orders()
+    engine.step()
+    assert engine.recall.counts().total_copied == 5
 
 
 def test_streaming_requests_keep_their_pages(tmp_path):
