@@ -154,7 +154,7 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_block_frees(self) -> bool:
-        return self._decisions.num_pending > 0
+        return self._decisions.num_pending_frees > 0
 
     def has_pending_push_work(self) -> bool:
         return self._decisions.num_pending > 0
