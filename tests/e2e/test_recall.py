@@ -117,6 +117,13 @@ def test_answers_while_pages_move(llm, crowd, answers, most_without_tier):
     assert_equal([finished[str(i)] for i in range(NUM_REQUESTS)], answers)
     released = tier_of(llm).counts().total_released - before.total_released
     assert released >= 4
+    metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    counts = tier_of(llm).counts()
+    prefix = "vllm:clusterkv_host"
+    assert metrics[f"{prefix}_page_copies"] == counts.total_copied
+    assert metrics[f"{prefix}_page_releases"] == counts.total_released
+    assert metrics[f"{prefix}_released_pages"] == metrics[f"{prefix}_requests"] == 0
+    assert metrics[f"{prefix}_free_pages"] == llm_host_pages(llm)
     assert most > most_without_tier
     assert_idle(llm)
 

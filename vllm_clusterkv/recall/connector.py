@@ -16,6 +16,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
 from vllm.logger import init_logger
 
 from vllm_clusterkv import requirements
@@ -24,6 +28,7 @@ from vllm_clusterkv.cpu_backend import CROSSOVER_LEN
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 from vllm_clusterkv.recall import host_memory
 from vllm_clusterkv.recall.messages import Acknowledgement, Orders
+from vllm_clusterkv.recall.metrics import RecallPromMetrics, RecallStats
 from vllm_clusterkv.recall.scheduler import RecallScheduler
 from vllm_clusterkv.recall.worker import HostTier, page_count, register_layers
 
@@ -92,6 +97,7 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
                 config.effective_min_sparse_len(CROSSOVER_LEN),
                 config.host_watermark,
             )
+            self._reported = self._scheduler.counts()
             logger.info(
                 "CLUSTERKV host tier: %d pages, %d tokens, in %.3g GiB of CPU memory.",
                 num_host_pages,
@@ -158,6 +164,26 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         return self._decisions.num_pending > 0
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._scheduler is None:
+            return None
+        counts = self._scheduler.counts()
+        if counts == self._reported:
+            return None
+        stats = RecallStats.between(self._reported, counts)
+        self._reported = counts
+        return stats
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return RecallStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any, **kwargs: Any) -> KVConnectorPromMetrics:
+        return RecallPromMetrics(*args, **kwargs)
 
     # Worker.
 

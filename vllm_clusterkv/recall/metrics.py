@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""What the host tier holds and does, on /metrics and in vLLM's periodic log line."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+if TYPE_CHECKING:
+    from vllm_clusterkv.recall.scheduler import RecallCounts
+
+GAUGES = {
+    "num_copying": ("copying_pages", "Pages on their way to the host"),
+    "num_clean": ("mirrored_pages", "Pages on the host, still read on the device"),
+    "num_released": ("released_pages", "Pages that are read from the host"),
+    "num_free_host_pages": ("free_pages", "Room in the host pool, in pages"),
+    "num_slots": ("requests", "Requests that have pages on the host"),
+}
+"""Fields of ``RecallCounts`` that go up and down: metric and meaning."""
+
+COUNTERS = {
+    "total_copied": ("page_copies", "Pages copied to the host"),
+    "total_released": ("page_releases", "Pages whose block was given away"),
+    "total_late": ("late_page_copies", "Copies done when their request had ended"),
+}
+"""Fields that only grow."""
+
+
+class RecallStats(KVConnectorStats):
+    """Gauges as they are now, and what counters grew by since the last one."""
+
+    @classmethod
+    def between(cls, before: "RecallCounts", now: "RecallCounts") -> "RecallStats":
+        """Of two moments."""
+        data = {name: getattr(now, name) for name in GAUGES}
+        for name in COUNTERS:
+            data[name] = getattr(now, name) - getattr(before, name)
+        return cls(data=data)
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> "RecallStats":
+        for name, value in other.data.items():
+            if name in COUNTERS:
+                value += self.data.get(name, 0)
+            self.data[name] = value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        words = {"num_released": "pages on the host", "total_released": "just released"}
+        return {words[name]: self.data.get(name, 0) for name in words}
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class RecallPromMetrics(KVConnectorPromMetrics):
+    """``vllm:clusterkv_host_*``, an instance for each engine."""
+
+    def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+        def make(kind: Any, names: dict[str, tuple[str, str]], **kwargs: Any) -> dict:
+            return {
+                field: create_metric_per_engine(
+                    kind(
+                        name=f"vllm:clusterkv_host_{metric}",
+                        documentation=f"clusterkv host tier: {meaning}.",
+                        labelnames=labelnames,
+                        **kwargs,
+                    ),
+                    per_engine_labelvalues,
+                )
+                for field, (metric, meaning) in names.items()
+            }
+
+        self._gauges = make(self._gauge_cls, GAUGES, multiprocess_mode="mostrecent")
+        self._counters = make(self._counter_cls, COUNTERS)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for name, value in transfer_stats_data.items():
+            if name in GAUGES:
+                self._gauges[name][engine_idx].set(value)
+            elif value:
+                self._counters[name][engine_idx].inc(value)
