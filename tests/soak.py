@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""Requests of random life through an engine whose pages move to the host and are poisoned.
+"""Requests of random life, through an engine whose pages move to the host.
 
     python -m tests.soak --model DIR --requests 2000 --seed 0
 

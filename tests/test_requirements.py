@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoConfig
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -119,6 +120,44 @@ def test_views_for_submodels_are_left_alone(create_config):
 def test_refused_at_start_up(create_config, engine_args, message):
     with pytest.raises(ValueError, match=message):
         create_config(**engine_args)
+
+
+def test_the_host_tier_is_a_connector_without_a_flag(create_config):
+    config = create_config(settings={"host_memory_gib": 1})
+    assert requirements.is_own_connector(config.kv_transfer_config)
+    # As in the engine's process, which makes the configuration again.
+    config.__post_init__()
+    assert requirements.is_own_connector(config.kv_transfer_config)
+    assert create_config().kv_transfer_config is None
+
+
+@pytest.mark.parametrize(
+    "engine_args, message",
+    [
+        (
+            {
+                "kv_transfer_config": KVTransferConfig(
+                    kv_connector="NixlConnector", kv_role="kv_both"
+                )
+            },
+            "--kv-transfer-config is not supported with clusterkv.host_memory_gib",
+        ),
+        ({"scheduler_reserve_full_isl": False}, "--no-scheduler-reserve-full-isl is"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size is not supported"),
+    ],
+)
+def test_refused_with_the_host_tier(create_config, engine_args, message):
+    with pytest.raises(ValueError, match=message):
+        create_config(settings={"host_memory_gib": 1}, **engine_args)
+
+
+def test_another_connector_is_refused(create_config):
+    with pytest.raises(ValueError, match="--kv-transfer-config is not supported: a KV"):
+        create_config(
+            kv_transfer_config=KVTransferConfig(
+                kv_connector="NixlConnector", kv_role="kv_both"
+            )
+        )
 
 
 def test_microbatching_is_refused(create_config):

@@ -56,7 +56,19 @@ def most_without_tier(model_path, crowd, answers):
 
 
 @pytest.fixture(scope="module")
-def llm(model_path, most_without_tier):
+def refusal(model_path, most_without_tier):
+    """Of a pool too small for one request."""
+    settings = HOST | {"host_memory_gib": 0.02}
+    with (
+        pytest.raises(ValueError) as error,
+        engine(model_path, **SIZES, **clusterkv(**settings)),
+    ):
+        pass
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def llm(model_path, refusal):
     """An engine with too few blocks and a host tier. After the others: a process has
     one connector, and engines without one would take it for theirs."""
     with engine(
@@ -126,6 +138,13 @@ def test_answers_while_pages_move(llm, crowd, answers, most_without_tier):
     assert metrics[f"{prefix}_free_pages"] == llm_host_pages(llm)
     assert most > most_without_tier
     assert_idle(llm)
+
+
+def test_a_pool_for_less_than_one_request(refusal):
+    assert (
+        "clusterkv.host_memory_gib must hold a request of --max-model-len, 5 pages, "
+        "which takes 0.0549, got 0.02; raise it"
+    ) in refusal
 
 
 def test_preempted_in_mid_decode(llm, crowd, answers):
