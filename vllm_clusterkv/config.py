@@ -32,7 +32,7 @@ class ClusterKVConfig:
             and the attended tokens of each request; None for no file. For demos and
             debugging. With data parallelism, of the first replica alone.
         host_memory_gib: CPU memory for pages of running requests that the KV cache has
-            no room for, of all workers together; 0 for none.
+            no room for, of all workers of a replica together; 0 for none.
         host_watermark: Share of the KV cache's blocks to keep free by moving pages
             there.
         poison_released: Fill blocks whose page has moved with NaN. For tests.

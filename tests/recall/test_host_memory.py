@@ -32,7 +32,7 @@ def limit(folder, version, most, used):
 def test_the_machine(tmp_path):
     host_memory.check(9 * GIB, tmp_path)
     message = (
-        "host_memory_gib needs 9.6 GiB a worker, and the machine's available memory is "
+        "host_memory_gib needs 9.6 GiB here, and the machine's available memory is "
         "10.0 GiB, of which 95% may be taken; lower it"
     )
     with pytest.raises(ValueError, match=message):

@@ -29,7 +29,7 @@ from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 from vllm_clusterkv.recall import host_memory
 from vllm_clusterkv.recall.messages import Acknowledgement, Orders
 from vllm_clusterkv.recall.metrics import RecallPromMetrics, RecallStats
-from vllm_clusterkv.recall.scheduler import RecallScheduler
+from vllm_clusterkv.recall.scheduler import RecallCounts, RecallScheduler
 from vllm_clusterkv.recall.worker import HostTier, page_count, register_layers
 
 if TYPE_CHECKING:
@@ -97,7 +97,16 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
                 config.effective_min_sparse_len(CROSSOVER_LEN),
                 config.host_watermark,
             )
-            self._reported = self._scheduler.counts()
+            self._reported: RecallCounts | None = None
+            min_spillable_len = config.effective_min_sparse_len(CROSSOVER_LEN)
+            if vllm_config.model_config.max_model_len < min_spillable_len:
+                logger.warning(
+                    "CLUSTERKV host tier: no page will move. Requests must have at "
+                    "least clusterkv.min_sparse_len tokens (%d, by other settings if "
+                    "null), and --max-model-len is %d.",
+                    min_spillable_len,
+                    vllm_config.model_config.max_model_len,
+                )
             logger.info(
                 "CLUSTERKV host tier: %d pages, %d tokens, in %.3g GiB of CPU memory.",
                 num_host_pages,
@@ -189,7 +198,9 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         pool_bytes = self._num_host_pages * len(kv_caches) * self._layout.kv_bytes
-        host_memory.check(pool_bytes)
+        # The other workers of this machine take as much, perhaps after this check.
+        num_workers = self._vllm_config.parallel_config.local_world_size
+        host_memory.check(pool_bytes * num_workers)
         self._tier = HostTier(
             self._layout,
             kv_caches,

@@ -18,7 +18,7 @@ def check(pool_bytes: int, cgroup: Path = _CGROUP) -> None:
     """Refuses a pool that does not fit, which the kernel would kill the server for.
 
     Args:
-        pool_bytes: That a worker is about to take.
+        pool_bytes: That the workers of this machine are about to take.
         cgroup: Where the container's limits are.
 
     Raises:
@@ -31,7 +31,7 @@ def check(pool_bytes: int, cgroup: Path = _CGROUP) -> None:
     what, available = min(limits.items(), key=lambda item: item[1])
     if pool_bytes > SHARE * available:
         raise requirements.refusal(
-            f"clusterkv.host_memory_gib needs {pool_bytes / 2**30:.1f} GiB a worker, "
+            f"clusterkv.host_memory_gib needs {pool_bytes / 2**30:.1f} GiB here, "
             f"and {what} is {available / 2**30:.1f} GiB, of which "
             f"{SHARE:.0%} may be taken",
             "lower it, or stop what else uses memory",

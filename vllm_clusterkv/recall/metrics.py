@@ -34,11 +34,13 @@ class RecallStats(KVConnectorStats):
     """Gauges as they are now, and what counters grew by since the last one."""
 
     @classmethod
-    def between(cls, before: "RecallCounts", now: "RecallCounts") -> "RecallStats":
-        """Of two moments."""
+    def between(
+        cls, before: "RecallCounts | None", now: "RecallCounts"
+    ) -> "RecallStats":
+        """Of two moments; None for the start."""
         data = {name: getattr(now, name) for name in GAUGES}
         for name in COUNTERS:
-            data[name] = getattr(now, name) - getattr(before, name)
+            data[name] = getattr(now, name) - getattr(before, name, 0)
         return cls(data=data)
 
     def reset(self) -> None:
