@@ -38,8 +38,6 @@ inline void check_decode_shapes(const char* op, const SemanticPages& pages,
   STD_TORCH_CHECK(pages.num_kv_heads <= kMaxGridSize && rows.num_reqs <= kMaxGridSize, op,
                   ": num_kv_heads and num_reqs must be at most ", kMaxGridSize, ", got ",
                   pages.num_kv_heads, " and ", rows.num_reqs);
-  STD_TORCH_CHECK(rows.index_table == rows.block_table && pages.host_cache == nullptr, op,
-                  ": index_table and host_cache are for CPUs so far");
   check_aligned(op, "kv_cache", pages.kv_cache,
                 {pages.kv_block_stride, pages.kv_head_stride, pages.kv_row_stride});
   check_aligned(op, "centroids", pages.centroids,
@@ -49,6 +47,8 @@ inline void check_decode_shapes(const char* op, const SemanticPages& pages,
                 {pages.spread_block_stride, pages.spread_head_stride});
   check_aligned(op, "cluster_ends", pages.cluster_ends,
                 {pages.ends_block_stride, pages.ends_head_stride});
+  check_aligned(op, "host_cache", pages.host_cache,
+                {pages.host_page_stride, pages.host_head_stride});
 }
 
 // Calls launch(DecodeShape<...>{}) for the shape that the arguments have.

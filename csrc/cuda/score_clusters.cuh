@@ -63,11 +63,11 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
   const int log_clusters = 31 - __clz(static_cast<int>(pages.num_clusters));
   const T* centroids =
       static_cast<const T*>(pages.centroids) + kv_head * pages.centroid_head_stride + j * 8;
-  const int32_t* block_table = p.rows.block_table + req * p.rows.block_table_stride;
+  const int32_t* index_table = p.rows.index_table + req * p.rows.index_table_stride;
   const auto load_row = [&](int cluster, uint4(&keys)[kSegments]) {
     cluster = min(cluster, end - 1);
-    const int64_t block = block_table[cluster >> log_clusters];
-    const T* source = centroids + block * pages.centroid_block_stride +
+    const int64_t place = index_table[cluster >> log_clusters];
+    const T* source = centroids + place * pages.centroid_block_stride +
                       (cluster & (pages.num_clusters - 1)) * pages.centroid_row_stride;
 #pragma unroll
     for (int s = 0; s < kSegments; ++s) {
@@ -79,13 +79,13 @@ __device__ __forceinline__ void score_row(const ScoreClustersParams& p, int req,
   const auto load_count = [&](int cluster) -> int {
     if (cluster >= end) return 0;
     const int page = cluster >> log_clusters, c = cluster & (pages.num_clusters - 1);
-    const int16_t* ends = cluster_ends + block_table[page] * pages.ends_block_stride;
+    const int16_t* ends = cluster_ends + index_table[page] * pages.ends_block_stride;
     const int start = c > 0 ? ends[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
     return ends[c] - start;
   };
   const T* spreads = static_cast<const T*>(pages.spreads) + kv_head * pages.spread_head_stride;
   const auto spreads_of = [&](int cluster) {
-    return spreads + block_table[min(cluster, end - 1) >> log_clusters] * pages.spread_block_stride;
+    return spreads + index_table[min(cluster, end - 1) >> log_clusters] * pages.spread_block_stride;
   };
   const auto load_profile = [&](int cluster, int segment) {
     return __ldg(reinterpret_cast<const uint4*>(spreads_of(cluster) + j * 8 + segment * 32));

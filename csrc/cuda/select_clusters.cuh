@@ -51,7 +51,7 @@ struct SelectRow {
   int num_clusters;
   const int16_t* cluster_ends;  // of this KV head
   int64_t ends_block_stride;
-  const int32_t* block_table;
+  const int32_t* index_table;
   int log_clusters;
   int num_sink_tokens;
   int budget;
@@ -135,7 +135,7 @@ struct Selection {
   SelectShared& s;
   static constexpr int kGroupClusters = kThreads * kRun;
   static constexpr int kChunk = kGroups * kGroupClusters;
-  int blocks[kGroups];           // of the runs' pages
+  int places[kGroups];           // of the runs' pages
   Tokens tokens[kGroups];        // 0 beyond the row, too
   uint32_t keys[kGroups][kRun];  // bits of the weight a token, from the largest down
   // Of head h, in lane h * parts: max and 1 / sum of its softmax.
@@ -149,15 +149,15 @@ struct Selection {
     return chunk + k * kGroupClusters + static_cast<int>(threadIdx.x) * kRun;
   }
 
-  __device__ void load_blocks(int chunk) {
+  __device__ void load_places(int chunk) {
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
       const int c = cluster(chunk, k);
-      blocks[k] = c < row.num_clusters ? load_now(row.block_table + (c >> row.log_clusters)) : 0;
+      places[k] = c < row.num_clusters ? load_now(row.index_table + (c >> row.log_clusters)) : 0;
     }
   }
 
-  // After load_blocks(). All threads: a run's first token is its neighbour's to tell.
+  // After load_places(). All threads: a run's first token is its neighbour's to tell.
   __device__ void load_tokens(int chunk) {
     uint2 ends[kGroups];
 #pragma unroll
@@ -166,7 +166,7 @@ struct Selection {
       ends[k] = uint2{0, 0};
       if (c < row.num_clusters) {
         ends[k] = *reinterpret_cast<const uint2*>(row.cluster_ends +
-                                                  int64_t{blocks[k]} * row.ends_block_stride +
+                                                  int64_t{places[k]} * row.ends_block_stride +
                                                   (c & ((1 << row.log_clusters) - 1)));
       }
     }
@@ -282,7 +282,7 @@ struct Selection {
 
   // Keys and tokens of a chunk's clusters, one chunk of several.
   __device__ void find_keys(int chunk) {
-    load_blocks(chunk);
+    load_places(chunk);
     load_tokens(chunk);
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
@@ -310,7 +310,7 @@ struct Selection {
   __device__ void run(uint8_t* selected, int32_t* num_attended) {
     const int thread = threadIdx.x, budget = row.budget;
     if (kOneChunk) {
-      load_blocks(0);
+      load_places(0);
       load_tokens(0);
     }
     for (int i = thread; i < kBins / 4; i += kThreads) {
@@ -489,7 +489,7 @@ __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParam
   row.num_clusters = num_pages * static_cast<int>(pages.num_clusters);
   row.cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;
   row.ends_block_stride = pages.ends_block_stride;
-  row.block_table = p.rows.block_table + req * p.rows.block_table_stride;
+  row.index_table = p.rows.index_table + req * p.rows.index_table_stride;
   row.log_clusters = 31 - __clz(static_cast<int>(pages.num_clusters));
   row.num_sink_tokens = sinks;
   row.budget = static_cast<int>(p.token_budget);

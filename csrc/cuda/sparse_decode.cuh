@@ -39,12 +39,13 @@ template <int kHeadSize>
 struct SparseShared {
   using Traits = DecodeTraits<kHeadSize>;
   static constexpr int kWindowClusters = Traits::kThreads * kClustersAThread;
+  const void* pages[kWindowClusters / 8];  // the window's, of this KV head
   // The selected clusters: number in the window, page in the window * 256 + first row,
   // and the rows of the selected clusters before.
   uint16_t clusters[kWindowClusters];
   uint16_t starts[kWindowClusters];
   uint16_t rows_before[kWindowClusters + 1];
-  int blocks[kWindowClusters / 8];  // of the window's pages
+  int places[kWindowClusters / 8];  // of the window's pages' indexes
   int warp_totals[Traits::kWarps];
 };
 
@@ -52,9 +53,11 @@ struct SparseShared {
 template <typename T>
 struct DecodeRow {
   const T* kv;           // of this KV head
+  const T* host;         // likewise
   const T* mean_values;  // likewise
   const int16_t* cluster_ends;
   const int32_t* block_table;
+  const int32_t* index_table;
   const float* scores;      // [group, max_clusters]
   const uint8_t* selected;  // [max_clusters]
   int seq_len;
@@ -131,22 +134,22 @@ __device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>&
   if (first_tile >= num_tiles) return;
 
   // Beyond the last tile, the last mean is looked up, and zeros are fetched: no branches.
-  struct Blocks {
+  struct Places {
     int of[2];  // of the tile's first and last eight means
   };
   const auto look_up = [&](int tile) {
-    Blocks blocks;
+    Places places;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      blocks.of[i] = row.block_table[pages.page(min(tile * kTileRows + i * 8, num_means - 1))];
+      places.of[i] = row.index_table[pages.page(min(tile * kTileRows + i * 8, num_means - 1))];
     }
-    return blocks;
+    return places;
   };
-  const auto load_values = [&](int tile, const Blocks& blocks, int stage) {
+  const auto load_values = [&](int tile, const Places& places, int stage) {
     const int mean = tile * kTileRows + warp.lane;
     const T* source =
         row.mean_values +
-        int64_t{warp.lane < 8 ? blocks.of[0] : blocks.of[1]} * p.pages.centroid_block_stride +
+        int64_t{warp.lane < 8 ? places.of[0] : places.of[1]} * p.pages.centroid_block_stride +
         pages.in_page(mean) * p.pages.centroid_row_stride;
     const bool valid = warp.lane < kTileRows && mean < num_means;
     warp.load_values(valid ? source : nullptr, stage * Traits::kValueStageBytes);
@@ -155,12 +158,12 @@ __device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>&
   // What the logits of means g and g + 8 are made of.
   float scores[kHeadTiles][4];
   int ends[2], previous_ends[2];
-  const auto load_logits = [&](int tile, const Blocks& blocks) {
+  const auto load_logits = [&](int tile, const Places& places) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int mean = min(tile * kTileRows + warp.g + i * 8, num_means - 1);
       const int c = pages.in_page(mean);
-      const int16_t* of_page = row.cluster_ends + blocks.of[i] * p.pages.ends_block_stride;
+      const int16_t* of_page = row.cluster_ends + places.of[i] * p.pages.ends_block_stride;
       ends[i] = of_page[c];
       previous_ends[i] = of_page[max(c - 1, 0)];
 #pragma unroll
@@ -174,12 +177,12 @@ __device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>&
     }
   };
 
-  Blocks blocks[kStages];  // of the next tiles
+  Places places[kStages];  // of the next tiles
 #pragma unroll
-  for (int i = 0; i < kStages; ++i) blocks[i] = look_up(first_tile + i * kStep);
+  for (int i = 0; i < kStages; ++i) places[i] = look_up(first_tile + i * kStep);
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load_values(first_tile + i * kStep, blocks[i], i);
-  load_logits(first_tile, blocks[0]);
+  for (int i = 0; i < kStages - 1; ++i) load_values(first_tile + i * kStep, places[i], i);
+  load_logits(first_tile, places[0]);
   int stage = 0;
   for (int tile = first_tile; tile < num_tiles; tile += kStep) {
     float logits[kHeadTiles][4];
@@ -195,12 +198,12 @@ __device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>&
         logits[t][i * 2 + 1] = mean_logit(scores[t][i * 2 + 1], count);
       }
     }
-    load_logits(tile + kStep, blocks[1]);
-    load_values(tile + (kStages - 1) * kStep, blocks[kStages - 1],
+    load_logits(tile + kStep, places[1]);
+    load_values(tile + (kStages - 1) * kStep, places[kStages - 1],
                 stage == 0 ? kStages - 1 : stage - 1);
 #pragma unroll
-    for (int i = 1; i < kStages; ++i) blocks[i - 1] = blocks[i];
-    blocks[kStages - 1] = look_up(tile + kStages * kStep);
+    for (int i = 1; i < kStages; ++i) places[i - 1] = places[i];
+    places[kStages - 1] = look_up(tile + kStages * kStep);
     cp_async_wait<kStages - 1>();
     __syncwarp();
     warp.attend_values(stage * Traits::kValueStageBytes, logits, 1.0f);
@@ -247,19 +250,21 @@ struct WindowClusters {
   alignas(16) uint16_t ends[8];  // as cluster_ends
   int first;                     // in the row; -1 for none
   int start;                     // first row in the page
-  int block;                     // the page's
+  int block;                     // the page's, or -1 - h
+  int place;                     // of its index
 
   // Those of the window that begins with the split's page `window`.
   template <typename T>
   __device__ WindowClusters(const SparseDecodeParams& p, const DecodeRow<T>& row,
                             const SplitPages& pages, int window)
-      : first(-1), start(0), block(0) {
+      : first(-1), start(0), block(0), place(0) {
     *reinterpret_cast<uint4*>(ends) = uint4{};
     const int i = (window << pages.log_clusters) + static_cast<int>(threadIdx.x) * 8;
     if (i < pages.size << pages.log_clusters) {
       const int page = pages.page(i), c = pages.in_page(i);
       block = row.block_table[page];
-      const int16_t* of_page = row.cluster_ends + block * p.pages.ends_block_stride;
+      place = row.index_table[page];
+      const int16_t* of_page = row.cluster_ends + place * p.pages.ends_block_stride;
       first = pages.in_row(i);
       start = c > 0 ? of_page[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
       *reinterpret_cast<uint4*>(ends) = *reinterpret_cast<const uint4*>(of_page + c);
@@ -269,11 +274,16 @@ struct WindowClusters {
 
 // Lists a window's selected clusters; returns their number * 2^16 + their rows.
 template <typename T, int kHeadSize>
-__device__ int list_selected(const DecodeRow<T>& row, const WindowClusters& clusters,
-                             int log_clusters, SparseShared<kHeadSize>& shared) {
+__device__ int list_selected(const SemanticPages& pages, const DecodeRow<T>& row,
+                             const WindowClusters& clusters, int log_clusters,
+                             SparseShared<kHeadSize>& shared) {
   const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
   if ((thread * 8 & ((1 << log_clusters) - 1)) == 0) {
-    shared.blocks[thread * 8 >> log_clusters] = clusters.block;
+    const int page = thread * 8 >> log_clusters;
+    shared.places[page] = clusters.place;
+    shared.pages[page] = clusters.block >= 0
+                             ? row.kv + clusters.block * pages.kv_block_stride
+                             : row.host + (-1 - clusters.block) * pages.host_page_stride;
   }
   uint64_t selected = 0;  // a byte a cluster
   if (clusters.first >= 0) {
@@ -336,7 +346,7 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
       wait_for_previous_kernel();
       start_next_kernel();
     }
-    const int total = list_selected(row, clusters, pages.log_clusters, shared);
+    const int total = list_selected(p.pages, row, clusters, pages.log_clusters, shared);
     const int num_selected = total >> 16, num_rows = total & 0xffff;
     const int first_cluster = window << pages.log_clusters;  // of the split
     const int row_tiles = (num_rows + kTileRows - 1) / kTileRows;
@@ -351,7 +361,7 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
         if (entry + step < num_selected && shared.rows_before[entry + step] <= i) entry += step;
       }
       const int at = shared.starts[entry] + i - shared.rows_before[entry];
-      return row.kv + int64_t{shared.blocks[at / kPageRows]} * p.pages.kv_block_stride +
+      return static_cast<const T*>(shared.pages[at / kPageRows]) +
              at % kPageRows * p.pages.kv_row_stride;
     };
     const auto mean_of_lane = [&](int tile) -> const T* {
@@ -359,7 +369,7 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
       if (lane >= kTileRows || entry >= num_selected) return nullptr;
       const int cluster = shared.clusters[entry];
       return row.mean_values +
-             int64_t{shared.blocks[cluster >> pages.log_clusters]} * p.pages.centroid_block_stride +
+             int64_t{shared.places[cluster >> pages.log_clusters]} * p.pages.centroid_block_stride +
              pages.in_page(cluster) * p.pages.centroid_row_stride;
     };
     // One tile is attended to, one is on its way, of one more the rows are looked up.
@@ -437,10 +447,12 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   const int64_t first_head = req * p.rows.num_heads + kv_head * group;
   DecodeRow<T> row;
   row.kv = static_cast<const T*>(pages.kv_cache) + kv_head * pages.kv_head_stride;
+  row.host = static_cast<const T*>(pages.host_cache) + kv_head * pages.host_head_stride;
   row.mean_values = static_cast<const T*>(pages.centroids) + kv_head * pages.centroid_head_stride +
                     pages.centroid_value_offset;
   row.cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;
   row.block_table = p.rows.block_table + req * p.rows.block_table_stride;
+  row.index_table = p.rows.index_table + req * p.rows.index_table_stride;
   row.scores = p.scores + first_head * p.max_clusters;
   row.selected = p.selected + (req * pages.num_kv_heads + kv_head) * p.max_clusters;
   row.seq_len = __ldcg(p.rows.seq_lens + req);

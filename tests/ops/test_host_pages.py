@@ -25,12 +25,6 @@ LONG = [
 CASES = LONG + cases.IRREGULAR
 
 
-@pytest.fixture
-def device() -> str:
-    """The only one so far."""
-    return "cpu"
-
-
 def outputs(inputs, module, case):
     """Scores, tile_stats, selected, num_attended, and output with and without tail."""
     scores, stats = inputs.score_with_stats(module)
