@@ -266,7 +266,7 @@ class ClusterKVCPUImpl(ClusterKVImpl):
             name = layer.layer_name  # type: ignore[attr-defined]
             host_tier = tier_of(name)
             if host_tier is not None:
-                rows = host_tier.resolve(rows)
+                rows = host_tier.resolve(name, rows)
                 host_cache = host_tier.host_cache(name)
             decode(
                 name,

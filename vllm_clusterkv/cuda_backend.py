@@ -59,6 +59,7 @@ from vllm_clusterkv.indexing import (
     span_layers,
 )
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
+from vllm_clusterkv.recall.worker import tier_of
 
 MAX_SCRATCH_BYTES = 256 << 20
 """Scratch of a decode call. More rows than fit are processed in parts."""
@@ -85,6 +86,14 @@ def crossover_len(num_reqs: int, num_kv_heads: int) -> int:
     """
     num_pairs = num_reqs * num_kv_heads
     return 2048 if num_pairs >= 256 else 4096 if num_pairs >= 32 else 8192
+
+
+def min_sparse_len(config: ClusterKVConfig, num_reqs: int, num_kv_heads: int) -> int:
+    """Tokens from which a row is attended to sparsely; the fewer, the more rows."""
+    crossover = crossover_len(num_reqs, num_kv_heads)
+    # Measured with a budget of 1,024: larger ones leave less of such a row out.
+    covered = config.effective_min_sparse_len(0)
+    return config.effective_min_sparse_len(max(crossover, covered + covered // 2))
 
 
 def num_splits(num_reqs: int, num_kv_heads: int, num_sms: int) -> int:
@@ -297,11 +306,7 @@ class ClusterKVCUDAMetadataBuilder(AttentionMetadataBuilder[ClusterKVCUDAMetadat
         self._has_dense_rows = has_dense_rows
 
     def _min_sparse_len_of(self, num_decodes: int) -> int:
-        crossover = crossover_len(num_decodes, self.layout.num_kv_heads)
-        # Measured with a budget of 1,024: larger ones leave less of such a row out.
-        covered = self.config.effective_min_sparse_len(0)
-        crossover = max(crossover, covered + covered // 2)
-        return self.config.effective_min_sparse_len(crossover)
+        return min_sparse_len(self.config, num_decodes, self.layout.num_kv_heads)
 
     def _split(self, batch: CommonAttentionMetadata) -> ClusterKVCUDAMetadata:
         # vLLM sorts rows by their tokens in the step alone, so rows of one token that
@@ -410,16 +415,22 @@ class ClusterKVCUDAImpl(ClusterKVImpl):
                 output[num_decode_tokens:num_tokens],
             )
         if attn_metadata.decode is not None:
+            rows, host_cache = attn_metadata.decode, None
             layer_name = layer.layer_name  # type: ignore[attr-defined]
+            host_tier = tier_of(layer_name)
+            if host_tier is not None:
+                rows = host_tier.resolve(layer_name, rows)
+                host_cache = host_tier.host_cache(layer_name)
             decode(
                 layer_name,
                 query[:num_decode_tokens],
                 attn_metadata.pages[layer_name],
-                attn_metadata.decode,
+                rows,
                 self.scale,
                 self.config,
                 self.scratch,
                 output[:num_decode_tokens],
+                host_cache,
             )
 
 

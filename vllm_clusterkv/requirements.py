@@ -109,7 +109,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "leave it out",
         )
     if config.host_memory_gib > 0:
-        _check_host_tier(vllm_config, platform)
+        _check_host_tier(vllm_config)
     connector = vllm_config.kv_transfer_config
     for flag, value in {
         "--kv-transfer-config": None if is_own_connector(connector) else connector,
@@ -278,12 +278,7 @@ def _check_cuda(vllm_config: "VllmConfig") -> None:
         )
 
 
-def _check_host_tier(vllm_config: "VllmConfig", platform: str) -> None:
-    if platform != "cpu":
-        raise refusal(
-            "clusterkv.host_memory_gib is not supported on GPUs yet",
-            "leave it out",
-        )
+def _check_host_tier(vllm_config: "VllmConfig") -> None:
     if not vllm_config.scheduler_config.scheduler_reserve_full_isl:
         raise refusal(
             "--no-scheduler-reserve-full-isl is not supported with "

@@ -22,6 +22,7 @@ from vllm_clusterkv.recall.messages import (
 from vllm_clusterkv.recall.worker import HostTier, page_count
 
 CASE = cases.DecodeCase((1300, 900, 0, 1025), cases.FP32, token_budget=300)
+LAYER = "model.layers.0.attn"
 SPARE = 2  # blocks for entries
 
 
@@ -33,7 +34,7 @@ def make(poison_released=True):
     pages.buffer[: len(inputs.pages.buffer)] = inputs.pages.buffer
     inputs.pages = pages
     width = inputs.block_table.shape[1]
-    tier = HostTier(layout, {"0": pages.kv_cache}, 12, 3, width, poison_released)
+    tier = HostTier(layout, {LAYER: pages.kv_cache}, 12, 3, width, poison_released)
     return inputs, tier, num_blocks
 
 
@@ -43,7 +44,8 @@ def tail_block(inputs, req):
 
 def resolved(tier, inputs):
     return tier.resolve(
-        DecodeMetadata(inputs.block_table, inputs.seq_lens, inputs.min_sparse_lens)
+        LAYER,
+        DecodeMetadata(inputs.block_table, inputs.seq_lens, inputs.min_sparse_lens),
     )
 
 
@@ -51,7 +53,7 @@ def run(inputs, tier):
     rows = resolved(tier, inputs)
     query = inputs.query
     inputs.block_table, inputs.index_table = rows.block_table, rows.index_table
-    inputs.host_cache = tier.host_cache("0")
+    inputs.host_cache = tier.host_cache(LAYER)
     scores, stats = inputs.score_with_stats(ops)
     selected, _ = inputs.select(ops, scores, CASE.token_budget, stats)
     assert inputs.query is query

@@ -21,10 +21,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_clusterkv import requirements
 from vllm_clusterkv.config import ClusterKVConfig
-from vllm_clusterkv.cpu_backend import CROSSOVER_LEN
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 from vllm_clusterkv.recall import host_memory
 from vllm_clusterkv.recall.messages import Acknowledgement, Orders
@@ -94,7 +94,7 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
                 layout.entries_per_block,
                 BLOCK_SIZE,
                 world_size,
-                config.effective_min_sparse_len(CROSSOVER_LEN),
+                _min_spillable_len(config, layout.num_kv_heads),
                 config.host_watermark,
             )
             self._reported: RecallCounts | None = None
@@ -233,4 +233,18 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         register_layers(self._layer_names, None)
+        if self._tier is not None:
+            self._tier.close()
         self._tier = None
+
+
+def _min_spillable_len(config: ClusterKVConfig, num_kv_heads: int) -> int:
+    """Tokens from which a row is sparse whatever the batch."""
+    # Imported here, since one of them is of another platform.
+    if current_platform.is_cuda():
+        from vllm_clusterkv.cuda_backend import min_sparse_len
+
+        return min_sparse_len(config, 1, num_kv_heads)
+    from vllm_clusterkv.cpu_backend import CROSSOVER_LEN
+
+    return config.effective_min_sparse_len(CROSSOVER_LEN)

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""How much memory a process of this machine, or of this container, can still take."""
+"""The host pool: whether it fits this machine, or this container, and pinning."""
 
+import resource
+import time
 from pathlib import Path
 
 import psutil
+import torch
+from vllm.logger import init_logger
 
 from vllm_clusterkv import requirements
+
+logger = init_logger("vllm.clusterkv")
 
 SHARE = 0.95
 """Of what is there that the pool may take."""
@@ -49,3 +55,45 @@ def _left_in_cgroup(cgroup: Path) -> int | None:
         except (OSError, ValueError):  # not there, or "max"
             continue
     return None
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    """CPU memory full of zeros, which is there at once.
+
+    Args:
+        shape: Of the tensor.
+        dtype: Likewise.
+        pinned: Locked, and mapped for the current CUDA device at its own address.
+            Give it back by ``release``.
+
+    Raises:
+        ValueError: It cannot be locked.
+    """
+    start = time.monotonic()
+    memory = torch.empty(shape, dtype=dtype)
+    memory.view(torch.uint8).zero_()  # in parallel, which pinning is not
+    if not pinned:
+        return memory
+    # torch's own pinned memory would be of the next power of two.
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if error.value != 0:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        locked = "no limit" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
+        raise requirements.refusal(
+            f"clusterkv.host_memory_gib: {memory.nbytes / 2**30:.1f} GiB a worker "
+            f"could not be pinned (cudaHostRegister: {error}; ulimit -l: {locked})",
+            "lower it, or raise the limit on locked memory (ulimit -l unlimited; "
+            "docker run --ulimit memlock=-1)",
+        )
+    logger.info(
+        "CLUSTERKV host tier: pinned %.1f GiB in %.1f s.",
+        memory.nbytes / 2**30,
+        time.monotonic() - start,
+    )
+    return memory
+
+
+def release(memory: torch.Tensor, pinned: bool) -> None:
+    """Unlocks what ``allocate`` made. Nothing must read it any more."""
+    if pinned:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -8,12 +8,15 @@ current token: it belongs to one running request alone. So ``resolve`` finds a r
 slot by its tail block, and puts the slot's released pages in place of stale blocks.
 """
 
+from collections import deque
 from collections.abc import Iterable
 
 import torch
+from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_clusterkv.backend import DecodeMetadata
 from vllm_clusterkv.page_layout import BLOCK_SIZE, INDEX_UNIT, PageLayout
+from vllm_clusterkv.recall import host_memory
 from vllm_clusterkv.recall.messages import (
     ClearSlot,
     Command,
@@ -27,13 +30,17 @@ from vllm_clusterkv.recall.messages import (
 POISON_BYTE = 0xFF
 """Bytes of it are NaN in every float dtype, and -1 as a cluster's end."""
 
+POISON_ROW = 1e4
+"""What keys and values are filled with on GPUs: FlashAttention multiplies by zero what
+it masks, so there they must be finite."""
+
 
 class HostTier:
     """Of one worker.
 
     Attributes:
         pool: [num_host_pages, num_layers, num_kv_heads, BLOCK_SIZE, 2 * head_size] of
-            the model's dtype, on the CPU.
+            the model's dtype, on the CPU; pinned, if the KV cache is on a GPU.
     """
 
     def __init__(
@@ -58,13 +65,17 @@ class HostTier:
         """
         self._layout = layout
         self._layer_numbers = {name: i for i, name in enumerate(kv_caches)}
+        self._first_layer = min(kv_caches, key=extract_layer_index)
         caches = list(kv_caches.values())
+        for cache in caches:
+            layout.index_views(cache)  # raises where the layer is not of this layout
         self._block_bytes = caches[0].stride(0) * caches[0].element_size()
         self._blocks = [_bytes_of_blocks(cache, layout.page_bytes) for cache in caches]
         self._caches = caches
         self._poison_released = poison_released
-        # Zeros: pages of memory are there when they are needed, not when first written.
-        self.pool = torch.zeros(
+        device = caches[0].device
+        self._is_cuda = device.type == "cuda"
+        self.pool = host_memory.allocate(
             (
                 num_host_pages,
                 len(caches),
@@ -72,9 +83,12 @@ class HostTier:
                 BLOCK_SIZE,
                 2 * layout.head_size,
             ),
-            dtype=layout.dtype,
+            layout.dtype,
+            pinned=self._is_cuda,
         )
-        device = caches[0].device
+        # Rows are copied beside the steps' kernels.
+        self._copy_stream = torch.cuda.Stream(device) if self._is_cuda else None
+        self._under_way: deque[tuple[torch.cuda.Event, list[int]]] = deque()
         self._tail_blocks = torch.full((max_slots,), -1, dtype=torch.int32).to(device)
         table = torch.full((max_slots, max_blocks), -1, dtype=torch.int32)
         self._host_pages = table.to(
@@ -91,43 +105,73 @@ class HostTier:
         # Before copies: a block that lost its page may be one that gets entries.
         if self._poison_released:
             for block in orders.reused_blocks:
-                for blocks in self._blocks:
-                    blocks[block] = POISON_BYTE
+                self._poison(block)
+        if not orders.transfers:
+            return
+        # With the steps' kernels: the block of entries may get another owner as soon as
+        # the request has ended.
         for transfer in orders.transfers:
-            self._copy(transfer)
-            self._completed.append(transfer.number)
+            self._copy_index(transfer)
+        numbers = [transfer.number for transfer in orders.transfers]
+        if self._copy_stream is None:
+            for transfer in orders.transfers:
+                self._copy_rows(transfer)
+            self._completed.extend(numbers)
+            return
+        # A host page may have belonged to a request that the last step still read.
+        self._copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copy_stream):
+            for transfer in orders.transfers:
+                self._copy_rows(transfer)
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way.append((event, numbers))
 
     def take_completed(self) -> list[int]:
         """Transfers completed since the last call."""
+        while self._under_way and self._under_way[0][0].query():
+            self._completed.extend(self._under_way.popleft()[1])
         completed, self._completed = self._completed, []
         return completed
 
-    def resolve(self, rows: DecodeMetadata) -> DecodeMetadata:
+    def close(self) -> None:
+        """Gives the memory back, behind all copies."""
+        if self._copy_stream is not None:
+            torch.cuda.synchronize(self._copy_stream.device)
+        host_memory.release(self.pool, pinned=self._is_cuda)
+
+    def resolve(self, layer_name: str, rows: DecodeMetadata) -> DecodeMetadata:
         """Decode rows with tables that lead to where their pages are.
 
-        Layers of a step ask with the same object, and get the same one.
+        The first layer of a step makes them, and the others get them. (Not the first
+        that asks with these rows: a CUDA graph is captured with rows that a dry run
+        has asked with.)
 
         Args:
+            layer_name: That asks. Layers run in their order.
             rows: As the batch has them.
 
         Returns:
             With an ``index_table``, and with ``-1 - h`` for host pages in
             ``block_table``.
         """
-        if self._resolved is None or self._resolved.source is not rows:
+        if layer_name == self._first_layer:
             self._resolved = self._resolve(rows)
+        assert self._resolved is not None and self._resolved.source is rows
         return self._resolved
 
     def _resolve(self, rows: DecodeMetadata) -> DecodeMetadata:
         blocks, seq_lens = rows.block_table, rows.seq_lens
+        # vLLM's table may be wider than the longest request.
+        width = min(blocks.shape[1], self._host_pages.shape[1])
         tail_page = (seq_lens.long() - 1).clamp_min(0) // BLOCK_SIZE
         tails = blocks.gather(1, tail_page[:, None])
         # A padding row may show any block.
         is_slots = (tails == self._tail_blocks) & (seq_lens > 0)[:, None]
         slots = is_slots.int().argmax(1)
-        width = blocks.shape[1]
         host_pages = self._host_pages[slots, :width]
         on_host = (host_pages >= 0) & is_slots.any(1, keepdim=True)
+        blocks = blocks[:, :width]
         places = blocks * (self._block_bytes // INDEX_UNIT)
         return DecodeMetadata(
             torch.where(on_host, -1 - host_pages, blocks),
@@ -154,15 +198,24 @@ class HostTier:
                     self._block_bytes, entry.block, entry.number
                 )
 
-    def _copy(self, transfer: Transfer) -> None:
+    def _copy_index(self, transfer: Transfer) -> None:
         size, kv_bytes = self._layout.entry_bytes, self._layout.kv_bytes
         start = transfer.entry.number * size
-        for i, (cache, blocks) in enumerate(
-            zip(self._caches, self._blocks, strict=True)
-        ):
+        for blocks in self._blocks:
             index = blocks[transfer.block, kv_bytes:]
             blocks[transfer.entry.block, start : start + size] = index
-            self.pool[transfer.host_page, i] = cache[transfer.block]
+
+    def _copy_rows(self, transfer: Transfer) -> None:
+        for rows, cache in zip(
+            self.pool[transfer.host_page], self._caches, strict=True
+        ):
+            rows.copy_(cache[transfer.block], non_blocking=True)
+
+    def _poison(self, block: int) -> None:
+        for blocks, cache in zip(self._blocks, self._caches, strict=True):
+            blocks[block] = POISON_BYTE
+            if self._is_cuda:
+                cache[block] = POISON_ROW
 
 
 def _bytes_of_blocks(kv_cache: torch.Tensor, page_bytes: int) -> torch.Tensor:
