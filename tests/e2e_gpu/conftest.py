@@ -37,6 +37,7 @@ from tests.support.engine_jobs import (
     decode_graphs,
     run_rounds,
     run_with_few_pages,
+    run_with_host_tier,
 )
 from tests.support.prompts import make_prompts, needle_prompt
 
@@ -64,8 +65,18 @@ ENGINES = {
     },
 }
 
+HOST_TIER = {"token_budget": 4096, "min_sparse_len": 0, "host_memory_gib": 1}
+for mode, args in {"graphs": decode_graphs(1, 2, 4, 8), "eager": EAGER}.items():
+    # Sixteen pages for five requests of five pages each.
+    ENGINES[f"host tier, {mode}"] = (
+        CHUNK
+        | clusterkv(**HOST_TIER, poison_released=True)
+        | args
+        | {"max_model_len": 1536, "num_gpu_blocks_override": 17}
+    )
+
 # Enough for all 64 prompts to be computed, 600 tokens a step, before the first ends.
-MAX_TOKENS = {"full_batch": 64, "page_end": 40}
+MAX_TOKENS = {"full_batch": 64, "page_end": 40, "moving": 60}
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +91,7 @@ def prompts(text_ids):
     named["full_batch"] = [text_ids[350 * i : 350 * i + 60 + 13 * i] for i in range(64)]
     # Fills its first page while it decodes.
     named["page_end"] = [text_ids[:240]]
+    named["moving"] = [text_ids[1300 * i : 1300 * i + 1040 + 30 * i] for i in range(5)]
     return named
 
 
@@ -110,7 +122,9 @@ def outcome(model_path, prompts, needles) -> Callable[[str], Outcome]:
         }
         # To go on as FLASH_ATTN did.
         replays = {name: replace(rounds[name], traces=traces[name]) for name in rounds}
-        page_end = replays.pop("page_end")
+        page_end, moving = replays.pop("page_end"), replays.pop("moving")
+        for name in ("host tier, graphs", "host tier, eager"):
+            get[name] = engines[name].submit(run_with_host_tier, moving)
         get["few pages"] = engines["few pages"].submit(
             run_with_few_pages, replays["crowd"], page_end
         )

@@ -101,11 +101,15 @@ class Outcome:
         full_replays: By name of a round, the rows of each FULL CUDA graph that was
             replayed, without padding, in order.
         num_preemptions: In ``run_with_few_pages``, of the crowd.
+        num_released: In ``run_with_host_tier``, pages whose block was given away.
+        held: Likewise, what nobody held when all had ended: by kind.
     """
 
     rounds: dict[str, list[Generated]] = field(default_factory=dict)
     full_replays: dict[str, list[int]] = field(default_factory=dict)
     num_preemptions: int = 0
+    num_released: int = 0
+    held: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def record_replays(self, name: str) -> Iterator[None]:
@@ -222,6 +226,27 @@ def run_with_few_pages(llm, crowd: Round, page_end: Round) -> Outcome:
     assert llm.reset_prefix_cache()
     with outcome.record_replays("follower"):
         outcome.rounds["follower"] = run_with_follower(core, prompt, trace, forced=True)
+    return outcome
+
+
+def run_with_host_tier(llm, moving: Round) -> Outcome:
+    """Runs requests whose pages move to the host, twice: the second hits prefixes."""
+    outcome = Outcome()
+    for name in ("moving", "moving again"):
+        with outcome.record_replays(name):
+            outcome.rounds[name] = _run_round(llm, moving)
+    for _ in range(3):
+        llm.llm_engine.step()
+    scheduler = _scheduler(llm)
+    counts = scheduler.connector._decisions.counts()
+    pool = scheduler.kv_cache_manager.block_pool
+    outcome.num_released = counts.total_released
+    outcome.held = {
+        "slots": counts.num_slots,
+        "transfers": counts.num_copying,
+        "host pages": scheduler.connector._num_host_pages - counts.num_free_host_pages,
+        "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+    }
     return outcome
 
 
