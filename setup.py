@@ -66,6 +66,7 @@ def cpu_extension():
         [
             "csrc/torch_bindings.cpp",
             "csrc/cpu/index_pages.cpp",
+            "csrc/cpu/recall.cpp",
             "csrc/cpu/score_clusters.cpp",
             "csrc/cpu/select_clusters.cpp",
             "csrc/cpu/sparse_decode.cpp",

@@ -125,6 +125,8 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
           nullptr,
           0,
           0,
+          0,
+          nullptr,
           num_blocks,
           num_kv_heads,
           block_size,
@@ -176,6 +178,21 @@ inline void check_host_cache(const Tensor& kv_cache, const OptionalTensor& host_
   pages.host_cache = t.data_ptr();
   pages.host_page_stride = t.stride(0);
   pages.host_head_stride = t.stride(1);
+  pages.num_host_pages = t.size(0);
+}
+
+inline void check_line_table(const Tensor& kv_cache, const OptionalTensor& line_table,
+                             SemanticPages& pages) {
+  if (!line_table.has_value()) return;
+  const Tensor& t = *line_table;
+  check_devices(kv_cache, {{"line_table", t}});
+  check_dim(t, "line_table", 3);
+  check_dtype(t, "line_table", ScalarType::Int);
+  check_size(t, "line_table", 0, pages.num_host_pages, "host_cache's pages");
+  check_size(t, "line_table", 1, pages.num_kv_heads, "num_kv_heads");
+  check_size(t, "line_table", 2, pages.block_size / kLineRows, "block_size / 8");
+  check_contiguous(t, "line_table");
+  pages.line_table = static_cast<int32_t*>(t.data_ptr());
 }
 
 inline DecodeRows check_rows(const SemanticPages& pages, const Tensor& block_table,
@@ -353,7 +370,8 @@ inline SparseDecodeParams check_sparse_decode(
     const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
     const Tensor& min_sparse_lens, const Tensor& scores, const Tensor& selected, double scale,
     int64_t num_sink_tokens, bool tail_estimate, const Tensor& workspace, const Tensor& output,
-    const OptionalTensor& index_table, const OptionalTensor& host_cache) {
+    const OptionalTensor& index_table, const OptionalTensor& host_cache,
+    const OptionalTensor& line_table) {
   SparseDecodeParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"centroids", centroids},
@@ -373,6 +391,7 @@ inline SparseDecodeParams check_sparse_decode(
   check_index_table(kv_cache, index_table, params.pages, params.rows);
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
   check_host_cache(kv_cache, host_cache, params.pages);
+  check_line_table(kv_cache, line_table, params.pages);
   check_size(output, "output", 0, params.rows.num_reqs, "num_reqs");
   check_size(output, "output", 1, params.rows.num_heads, "num_heads");
   const int64_t num_clusters = params.pages.num_clusters;
@@ -402,6 +421,73 @@ inline SparseDecodeParams check_sparse_decode(
   params.output = output.data_ptr();
   params.output_row_stride = output.stride(0);
   params.output_head_stride = output.stride(1);
+  return params;
+}
+
+inline RecallParams check_recall(const Tensor& selected, const Tensor& kv_cache,
+                                 const Tensor& centroids, const Tensor& spreads,
+                                 const Tensor& cluster_ends, const Tensor& block_table,
+                                 const Tensor& seq_lens, const Tensor& min_sparse_lens,
+                                 int64_t num_sink_tokens, const Tensor& index_table,
+                                 const Tensor& host_cache, const Tensor& row_slots,
+                                 const Tensor& hot_blocks, const Tensor& line_table,
+                                 const Tensor& hot_lines, const Tensor& hot_order,
+                                 const Tensor& counters) {
+  RecallParams params{};
+  check_devices(kv_cache, {{"selected", selected},
+                           {"centroids", centroids},
+                           {"spreads", spreads},
+                           {"cluster_ends", cluster_ends},
+                           {"block_table", block_table},
+                           {"seq_lens", seq_lens},
+                           {"min_sparse_lens", min_sparse_lens},
+                           {"row_slots", row_slots},
+                           {"hot_blocks", hot_blocks},
+                           {"hot_lines", hot_lines},
+                           {"hot_order", hot_order},
+                           {"counters", counters}});
+  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
+  const int64_t num_kv_heads = params.pages.num_kv_heads;
+  params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, num_kv_heads);
+  check_index_table(kv_cache, index_table, params.pages, params.rows);
+  check_host_cache(kv_cache, host_cache, params.pages);
+  check_line_table(kv_cache, line_table, params.pages);
+  check_per_cluster(selected, "selected", ScalarType::Byte, params.rows, num_kv_heads,
+                    params.pages.num_clusters);
+  check_num_sink_tokens(params.pages, num_sink_tokens);
+  STD_TORCH_CHECK(params.pages.block_size % kLineRows == 0,
+                  "kv_cache.size(2) must be a multiple of ", kLineRows, ", got ",
+                  params.pages.block_size);
+  const int64_t lines_a_page = params.pages.block_size / kLineRows;
+  check_dim(row_slots, "row_slots", 1);
+  check_dim(hot_blocks, "hot_blocks", 2);
+  for (const NamedTensor& t : {NamedTensor{"row_slots", row_slots},
+                               {"hot_blocks", hot_blocks},
+                               {"hot_lines", hot_lines},
+                               {"hot_order", hot_order}}) {
+    check_dtype(t.tensor, t.name, ScalarType::Int);
+    check_contiguous(t.tensor, t.name);
+  }
+  check_size(row_slots, "row_slots", 0, params.rows.num_reqs, "num_reqs");
+  params.num_positions = hot_blocks.size(1) * lines_a_page;
+  for (const NamedTensor& t : {NamedTensor{"hot_lines", hot_lines}, {"hot_order", hot_order}}) {
+    check_dim(t.tensor, t.name, 3);
+    check_size(t.tensor, t.name, 0, hot_blocks.size(0), "num_slots");
+    check_size(t.tensor, t.name, 1, num_kv_heads, "num_kv_heads");
+    check_size(t.tensor, t.name, 2, params.num_positions, "the lines of a slot's hot blocks");
+  }
+  check_dim(counters, "counters", 1);
+  check_dtype(counters, "counters", ScalarType::Long);
+  check_size(counters, "counters", 0, 3, "lines found, recalled and left");
+  check_contiguous(counters, "counters");
+  params.selected = static_cast<const uint8_t*>(selected.data_ptr());
+  params.max_clusters = selected.size(2);
+  params.num_sink_tokens = num_sink_tokens;
+  params.row_slots = static_cast<const int32_t*>(row_slots.data_ptr());
+  params.hot_blocks = static_cast<const int32_t*>(hot_blocks.data_ptr());
+  params.hot_lines = static_cast<int32_t*>(hot_lines.data_ptr());
+  params.hot_order = static_cast<int32_t*>(hot_order.data_ptr());
+  params.counters = static_cast<int64_t*>(counters.data_ptr());
   return params;
 }
 

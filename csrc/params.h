@@ -39,6 +39,10 @@ struct SemanticPages {
   const void* host_cache;
   int64_t host_page_stride;
   int64_t host_head_stride;
+  int64_t num_host_pages;
+  // [num_host_pages, num_kv_heads, block_size / kLineRows], contiguous, or null: where in
+  // kv_cache a line of a host page is too, as block * lines a page + line; -1 for nowhere.
+  int32_t* line_table;
   int64_t num_blocks;
   int64_t num_kv_heads;
   int64_t block_size;    // tokens a page
@@ -95,6 +99,22 @@ struct SelectClustersParams {
   int32_t* num_attended;  // [num_reqs, num_kv_heads]; contiguous
 };
 
+// P is positions: lines that a request's hot blocks hold of a KV head.
+struct RecallParams {
+  SemanticPages pages;  // kv_cache's hot blocks and line_table rewritten
+  DecodeRows rows;
+  const uint8_t* selected;  // [num_reqs, num_kv_heads, max_clusters]; contiguous
+  int64_t max_clusters;
+  int64_t num_sink_tokens;
+  const int32_t* row_slots;   // [num_reqs]; -1 for none
+  const int32_t* hot_blocks;  // [num_slots, P / lines a page]; contiguous
+  int32_t* hot_lines;         // [num_slots, num_kv_heads, P]; contiguous; page of the row * lines a
+                              // page + line, -1 for none
+  int32_t* hot_order;         // [num_slots, num_kv_heads, P]; contiguous; least recently used first
+  int64_t num_positions;      // P
+  int64_t* counters;          // [3]; lines found, recalled, and left on the host
+};
+
 struct SparseDecodeParams {
   SemanticPages pages;  // all read
   DecodeRows rows;
@@ -118,6 +138,9 @@ struct SparseDecodeParams {
 // min(kSpreadWeight * (sqrt(1 + variance) - 1), kSpreadMost).
 constexpr float kSpreadWeight = 0.75f;
 constexpr float kSpreadMost = 4.0f;
+
+// Rows that are recalled together.
+constexpr int64_t kLineRows = 8;
 
 // Bytes that an entry of an index_table counts.
 constexpr int64_t kIndexUnit = 512;

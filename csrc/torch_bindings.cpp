@@ -29,7 +29,13 @@ STABLE_TORCH_LIBRARY(clusterkv, m) {
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, Tensor scores, "
       "Tensor selected, float scale, int num_sink_tokens, bool tail_estimate, "
       "Tensor(a!) workspace, Tensor(b!) output, Tensor? index_table=None, "
-      "Tensor? host_cache=None) -> ()");
+      "Tensor? host_cache=None, Tensor? line_table=None) -> ()");
+  m.def(
+      "recall(Tensor selected, Tensor(a!) kv_cache, Tensor centroids, Tensor spreads, "
+      "Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, "
+      "int num_sink_tokens, Tensor index_table, Tensor host_cache, Tensor row_slots, "
+      "Tensor hot_blocks, Tensor(b!) line_table, Tensor(c!) hot_lines, Tensor(d!) hot_order, "
+      "Tensor(e!) counters) -> ()");
 }
 
 // Importing the module runs the registrations above; it exports nothing else.

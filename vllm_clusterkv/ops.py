@@ -30,6 +30,9 @@ Shapes used throughout:
                   block, of whose rows ``sparse_decode`` reads the selected. A sparse
                   row's first page and its tail page must have one, and all pages of a
                   dense row.
+    line_table:   [num_host_pages, num_kv_heads, block_size / 8] int32, contiguous, or
+                  None. Of each *line*, 8 rows, of a host page: where kv_cache has a
+                  copy, as ``block * (block_size / 8) + line``; -1 for nowhere.
     seq_lens:     [num_reqs] int32. Tokens including the current one; 0 is a padding
                   row. A row's first ``(seq_len - 1) // block_size`` pages are
                   indexed; the next one is its tail page.
@@ -266,6 +269,7 @@ def sparse_decode(
     output: torch.Tensor,
     index_table: torch.Tensor | None = None,
     host_cache: torch.Tensor | None = None,
+    line_table: torch.Tensor | None = None,
 ) -> None:
     """Attends each row to its sinks, selected clusters and tail page.
 
@@ -313,6 +317,75 @@ def sparse_decode(
         output,
         index_table,
         host_cache,
+        line_table,
+    )
+
+
+def recall(
+    selected: torch.Tensor,
+    kv_cache: torch.Tensor,
+    centroids: torch.Tensor,
+    spreads: torch.Tensor,
+    cluster_ends: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    min_sparse_lens: torch.Tensor,
+    num_sink_tokens: int,
+    index_table: torch.Tensor,
+    host_cache: torch.Tensor,
+    row_slots: torch.Tensor,
+    hot_blocks: torch.Tensor,
+    line_table: torch.Tensor,
+    hot_lines: torch.Tensor,
+    hot_order: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    """Brings the host pages' rows that a step selected into hot blocks.
+
+    A row's request has a slot, and a slot has blocks of kv_cache that hold lines of
+    its host pages, for each KV head others. Lines with rows of selected clusters that
+    are not there replace those that have not been used for longest, in the order of
+    the row. Where more are needed than fit beside those found, the last ones stay on
+    the host, and ``sparse_decode`` reads them there. Deterministic.
+
+    Args:
+        selected: As ``select_clusters``.
+        kv_cache: The hot blocks' rows are written.
+        num_sink_tokens: Unclustered rows at the start of a request's first page.
+        row_slots: [num_reqs] int32, contiguous; -1 for a row without a slot.
+        hot_blocks: [num_slots, num_hot_blocks] int32, contiguous.
+        line_table: Kept up to date, of the rows' host pages.
+        hot_lines: [num_slots, num_kv_heads, P] int32, contiguous. Kept: the line that
+            a position holds, as ``page * (block_size / 8) + line`` with the page's
+            number in the row; -1 for none. Position ``p`` is line
+            ``p % (block_size / 8)`` of hot block ``p // (block_size / 8)``. -1
+            everywhere for a slot that is new.
+        hot_order: [num_slots, num_kv_heads, P] int32, contiguous. Kept: positions,
+            those used last at the end. Any order for a slot that is new.
+        counters: [3] int64, contiguous. Added to: lines found, recalled, and left on
+            the host.
+
+    Source: ClusterKV (arXiv 2412.03213), the cache of recalled clusters; lines instead
+    of clusters, and least recently used instead of the last steps', are this work.
+    """
+    torch.ops.clusterkv.recall.default(
+        selected,
+        kv_cache,
+        centroids,
+        spreads,
+        cluster_ends,
+        block_table,
+        seq_lens,
+        min_sparse_lens,
+        num_sink_tokens,
+        index_table,
+        host_cache,
+        row_slots,
+        hot_blocks,
+        line_table,
+        hot_lines,
+        hot_order,
+        counters,
     )
 
 
@@ -320,5 +393,11 @@ def _returns_nothing(*args) -> None:
     """Fake kernel of an out-variant: there is nothing to infer."""
 
 
-for _op in ("index_pages", "score_clusters", "select_clusters", "sparse_decode"):
+for _op in (
+    "index_pages",
+    "score_clusters",
+    "select_clusters",
+    "recall",
+    "sparse_decode",
+):
     torch.library.register_fake(f"clusterkv::{_op}", _returns_nothing)

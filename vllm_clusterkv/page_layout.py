@@ -27,6 +27,10 @@ BLOCK_SIZE = 256
 TILE_CLUSTERS = 16
 """Clusters that share an entry of ``tile_stats``: neighbours in a row's order."""
 
+LINE_ROWS = 8
+"""Rows that are recalled from the host together, and their number in a page."""
+LINES_PER_PAGE = BLOCK_SIZE // LINE_ROWS
+
 INDEX_UNIT = 512
 """Bytes that an entry of an ``index_table`` counts; pages are multiples of it."""
 

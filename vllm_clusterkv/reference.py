@@ -7,7 +7,13 @@ Same names and arguments. Loops over rows, pages and heads; nothing here is fast
 
 import torch
 
-from vllm_clusterkv.page_layout import INDEX_UNIT, TILE_CLUSTERS, num_tiles
+from vllm_clusterkv.page_layout import (
+    INDEX_UNIT,
+    LINE_ROWS,
+    LINES_PER_PAGE,
+    TILE_CLUSTERS,
+    num_tiles,
+)
 
 SPREAD_WEIGHT, SPREAD_MOST = 0.75, 4.0
 """Of ``spread_score``; docs/quality.md has how they were chosen."""
@@ -278,6 +284,7 @@ def sparse_decode(
     output,
     index_table=None,
     host_cache=None,
+    line_table=None,
 ) -> None:
     """See ``ops.sparse_decode``. ``workspace`` is not used."""
     num_reqs, num_heads, head_size = query.shape
@@ -307,6 +314,8 @@ def sparse_decode(
 
             for i, block in enumerate(blocks[:-1]):
                 page = kv_cache[block] if block >= 0 else host_cache[-1 - block]
+                if block < 0 and line_table is not None:
+                    page = _with_lines(page, line_table[-1 - block], kv_cache)
                 if is_dense:
                     attend(page[kv_head])
                     continue
@@ -328,6 +337,96 @@ def sparse_decode(
             attend(kv_cache[blocks[-1], kv_head, :tail_rows])
             weights = torch.softmax(torch.cat(logits), 0)  # [num_attended_rows]
             output[req, head] = (weights @ torch.cat(values)).to(output.dtype)
+
+
+def _with_lines(host_page, lines, kv_cache) -> torch.Tensor:
+    """A copy of a host page with the lines that kv_cache has from there."""
+    page = host_page.clone()
+    for head, line in (lines >= 0).nonzero().tolist():
+        rows = slice(line * LINE_ROWS, (line + 1) * LINE_ROWS)
+        page[head, rows] = _line(kv_cache, int(lines[head, line]), head)
+    return page
+
+
+def _line(kv_cache, line, head) -> torch.Tensor:
+    """[LINE_ROWS, 2 * head_size], a view."""
+    block, at = divmod(line, LINES_PER_PAGE)
+    return kv_cache[block, head, at * LINE_ROWS : (at + 1) * LINE_ROWS]
+
+
+def recall(
+    selected,
+    kv_cache,
+    centroids,
+    spreads,
+    cluster_ends,
+    block_table,
+    seq_lens,
+    min_sparse_lens,
+    num_sink_tokens,
+    index_table,
+    host_cache,
+    row_slots,
+    hot_blocks,
+    line_table,
+    hot_lines,
+    hot_order,
+    counters,
+) -> None:
+    """See ``ops.recall``."""
+    num_reqs, num_kv_heads, _ = selected.shape
+    for req in range(num_reqs):
+        slot = int(row_slots[req])
+        if slot < 0 or seq_lens[req] < min_sparse_lens[req]:
+            continue
+        num_pages = _num_indexed(seq_lens, req, kv_cache.shape[2])
+        (ends,) = _row_indexes(
+            (cluster_ends,), block_table, index_table, req, num_pages
+        )
+        blocks = block_table[req].tolist()
+        for head in range(num_kv_heads):
+            chosen = selected[req, head].view(len(blocks), -1)
+            needed = []
+            for page in range(num_pages):
+                if blocks[page] < 0:
+                    sinks = num_sink_tokens if page == 0 else 0
+                    lines = _selected_lines(ends[page, head], chosen[page], sinks)
+                    needed += [page * LINES_PER_PAGE + line for line in sorted(lines)]
+
+            held, order = hot_lines[slot, head].tolist(), hot_order[slot, head].tolist()
+            used = [position for position in order if held[position] in set(needed)]
+            others = [position for position in order if position not in set(used)]
+            missing = [line for line in needed if line not in set(held)]
+            replaced = others[: len(missing)]
+
+            def entry(line, head=head, blocks=blocks):
+                page, at = divmod(line, LINES_PER_PAGE)
+                return -1 - blocks[page], head, at
+
+            for position, line in zip(replaced, missing):  # noqa: B905
+                if held[position] >= 0:
+                    line_table[entry(held[position])] = -1
+                hot_block, at = divmod(position, LINES_PER_PAGE)
+                where = int(hot_blocks[slot, hot_block]) * LINES_PER_PAGE + at
+                line_table[entry(line)] = where
+                hot_lines[slot, head, position] = line
+                host_page, _, first = entry(line)
+                rows = slice(first * LINE_ROWS, (first + 1) * LINE_ROWS)
+                _line(kv_cache, where, head)[:] = host_cache[host_page, head, rows]
+            order = others[len(replaced) :] + used + replaced
+            hot_order[slot, head] = torch.tensor(order, dtype=torch.int32)
+            counts = [len(used), len(replaced), len(missing) - len(replaced)]
+            counters += torch.tensor(counts, device=counters.device)
+
+
+def _selected_lines(ends, selected, num_sinks) -> set[int]:
+    """Lines of a page that have rows of its selected clusters."""
+    lines, start = set(), num_sinks
+    for end, is_selected in zip(ends.tolist(), selected.tolist(), strict=True):
+        if is_selected and end > start:
+            lines |= set(range(start // LINE_ROWS, (end - 1) // LINE_ROWS + 1))
+        start = end
+    return lines
 
 
 def cluster_sizes(cluster_ends, num_sink_tokens) -> torch.Tensor:

@@ -228,6 +228,26 @@ int64_t num_row_pages(const SparseDecodeParams& p, int64_t req) {
   return std::min(num_indexed_pages(seq_len, p.pages.block_size) + 1, p.rows.max_blocks);
 }
 
+// Rows of a host page, from kv_cache where a line of them is there.
+template <typename T>
+void list_host_rows(const SemanticPages& pages, int64_t host_page, int64_t head, const T* rows,
+                    int64_t start, int64_t end, RowList<T>& list) {
+  const int64_t lines_a_page = pages.block_size / kLineRows;
+  const int32_t* lines = pages.line_table + (host_page * pages.num_kv_heads + head) * lines_a_page;
+  for (int64_t row = start; row < end;) {
+    const int64_t line = row / kLineRows, next = std::min(end, (line + 1) * kLineRows);
+    const int64_t found = lines[line];
+    const T* of_line = found < 0 ? rows + line * kLineRows * pages.kv_row_stride
+                                 : static_cast<const T*>(pages.kv_cache) +
+                                       found / lines_a_page * pages.kv_block_stride +
+                                       head * pages.kv_head_stride +
+                                       found % lines_a_page * kLineRows * pages.kv_row_stride;
+    list.add_tokens(of_line + row % kLineRows * pages.kv_row_stride, next - row,
+                    pages.kv_row_stride);
+    row = next;
+  }
+}
+
 template <typename T>
 void list_rows(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t first_page,
                int64_t last_page, RowList<T>& list) {
@@ -260,7 +280,9 @@ void list_rows(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t f
     for (int64_t c = 0; c < pages.num_clusters; ++c) {
       const int64_t cluster = page * pages.num_clusters + c;
       const int64_t end = std::clamp<int64_t>(ends[c], start, pages.block_size);  // stays in list
-      if (selected[cluster]) {
+      if (selected[cluster] && block < 0 && pages.line_table != nullptr) {
+        list_host_rows(pages, -1 - block, head, rows, start, end, list);
+      } else if (selected[cluster]) {
         list.add_tokens(rows + start * row_stride, end - start, row_stride);
       } else if (p.tail_estimate && end > start) {
         list.add_mean(mean_values + c * pages.centroid_row_stride, cluster, log_count[end - start]);
@@ -332,11 +354,11 @@ void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor sprea
                    Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
                    Tensor scores, Tensor selected, double scale, int64_t num_sink_tokens,
                    bool tail_estimate, Tensor workspace, Tensor output, OptionalTensor index_table,
-                   OptionalTensor host_cache) {
+                   OptionalTensor host_cache, OptionalTensor line_table) {
   const SparseDecodeParams params =
       check_sparse_decode(query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
                           min_sparse_lens, scores, selected, scale, num_sink_tokens, tail_estimate,
-                          workspace, output, index_table, host_cache);
+                          workspace, output, index_table, host_cache, line_table);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "sparse_decode",
                               sparse_decode_kernel<scalar_t>(params));
 }
