@@ -28,6 +28,7 @@ def test_defaults(additional_config):
         "min_sparse_len": None,
         "stats_path": None,
         "host_memory_gib": 0,
+        "hot_cache_tokens": None,
         "host_watermark": 0.05,
         "poison_released": False,
     }
@@ -45,6 +46,7 @@ def test_defaults(additional_config):
         ("stats_path", ["/tmp/stats.jsonl", None]),
         ("host_memory_gib", [0, 0.5, 100]),
         ("host_watermark", [0, 0.5]),
+        ("hot_cache_tokens", [0, 2**30, None]),
         ("poison_released", [True, False]),
     ],
 )

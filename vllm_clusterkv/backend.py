@@ -101,7 +101,20 @@ class DecodeMetadata:
     min_sparse_lens: torch.Tensor  # [num_decodes] int32, shorter rows attend densely
     # With a host tier: as ops.py has it, and the metadata that it was made from.
     index_table: torch.Tensor | None = None
+    row_slots: torch.Tensor | None = None  # [num_decodes] int32
     source: "DecodeMetadata | None" = None
+
+
+@dataclass
+class HostPages:
+    """One layer's pages on the host, and what of them is in hot blocks (``ops.py``)."""
+
+    host_cache: torch.Tensor
+    hot_blocks: torch.Tensor  # [num_slots, num_hot_blocks] int32; none: nothing is hot
+    line_table: torch.Tensor
+    hot_lines: torch.Tensor
+    hot_order: torch.Tensor
+    counters: torch.Tensor
 
 
 @dataclass
@@ -230,7 +243,7 @@ def decode(
     config: ClusterKVConfig,
     scratch: DecodeScratch,
     output: torch.Tensor,
-    host_cache: torch.Tensor | None = None,
+    host_pages: HostPages | None = None,
 ) -> None:
     """Sparse attention of the decode rows of one layer.
 
@@ -243,9 +256,9 @@ def decode(
         config: Settings.
         scratch: Of the layer's shape. Rows that do not fit at once run in parts.
         output: [num_decodes, num_heads, head_size]. Written.
-        host_cache: The layer's pages on the host, as ``ops.py`` has it.
+        host_pages: The layer's, with an ``index_table`` in ``metadata``.
     """
-    index_table = metadata.index_table
+    index_table, slots = metadata.index_table, metadata.row_slots
     for start in range(0, len(query), scratch.max_rows):
         rows = slice(start, start + scratch.max_rows)
         _decode_rows(
@@ -257,12 +270,13 @@ def decode(
                 metadata.seq_lens[rows],
                 metadata.min_sparse_lens[rows],
                 None if index_table is None else index_table[rows],
+                None if slots is None else slots[rows],
             ),
             scale,
             config,
             scratch,
             output[rows],
-            host_cache,
+            host_pages,
         )
 
 
@@ -275,7 +289,7 @@ def _decode_rows(
     config: ClusterKVConfig,
     scratch: DecodeScratch,
     output: torch.Tensor,
-    host_cache: torch.Tensor | None,
+    host_pages: HostPages | None,
 ) -> None:
     max_clusters = metadata.block_table.shape[1] * config.num_clusters
     scores, tile_stats, selected, num_attended, workspace = scratch.shape(
@@ -304,6 +318,26 @@ def _decode_rows(
         num_attended,
         metadata.index_table,
     )
+    host_cache = line_table = None
+    if host_pages is not None:
+        host_cache = host_pages.host_cache
+        if host_pages.hot_blocks.numel():
+            line_table = host_pages.line_table
+            assert metadata.index_table is not None and metadata.row_slots is not None
+            ops.recall(
+                selected,
+                *index,
+                *rows,
+                config.num_sink_tokens,
+                metadata.index_table,
+                host_cache,
+                metadata.row_slots,
+                host_pages.hot_blocks,
+                line_table,
+                host_pages.hot_lines,
+                host_pages.hot_order,
+                host_pages.counters,
+            )
     ops.sparse_decode(
         query,
         *index,
@@ -317,6 +351,7 @@ def _decode_rows(
         output,
         metadata.index_table,
         host_cache,
+        line_table,
     )
     if observe.observers:
         observe.notify(

@@ -33,6 +33,8 @@ class ClusterKVConfig:
             debugging. With data parallelism, of the first replica alone.
         host_memory_gib: CPU memory for pages of running requests that the KV cache has
             no room for, of all workers of a replica together; 0 for none.
+        hot_cache_tokens: Tokens of host pages that a request keeps on the device, of
+            each KV head those used last; None for twice ``token_budget``.
         host_watermark: Share of the KV cache's blocks to keep free by moving pages
             there.
         poison_released: Fill blocks whose page has moved with NaN. For tests.
@@ -46,6 +48,7 @@ class ClusterKVConfig:
     min_sparse_len: int | None = None
     stats_path: str | None = None
     host_memory_gib: float = 0
+    hot_cache_tokens: int | None = None
     host_watermark: float = 0.05
     poison_released: bool = False
 
@@ -53,6 +56,14 @@ class ClusterKVConfig:
     def num_clusters(self) -> int:
         """Clusters a page and KV head."""
         return BLOCK_SIZE // self.tokens_per_cluster
+
+    @property
+    def num_hot_blocks(self) -> int:
+        """Blocks that a request's recalled lines take."""
+        tokens = self.hot_cache_tokens
+        if tokens is None:
+            tokens = 2 * self.token_budget
+        return -(-tokens // BLOCK_SIZE)
 
     def effective_min_sparse_len(self, crossover: int) -> int:
         """Tokens from which a row is attended to sparsely.
@@ -73,6 +84,8 @@ class ClusterKVConfig:
         self._check_int("num_sink_tokens", 0, BLOCK_SIZE // 2)
         if self.min_sparse_len is not None:
             self._check_int("min_sparse_len", 0, 2**30, " or null")
+        if self.hot_cache_tokens is not None:
+            self._check_int("hot_cache_tokens", 0, 2**30, " or null")
         if type(self.tokens_per_cluster) is not int or (
             self.tokens_per_cluster not in (8, 16, 32)
         ):

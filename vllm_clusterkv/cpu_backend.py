@@ -262,12 +262,12 @@ class ClusterKVCPUImpl(ClusterKVImpl):
         if attn_metadata.completed is not None:
             index_completed_pages(pages, attn_metadata.completed, self.config)
         if attn_metadata.decode is not None:
-            rows, host_cache = attn_metadata.decode, None
+            rows, host_pages = attn_metadata.decode, None
             name = layer.layer_name  # type: ignore[attr-defined]
             host_tier = tier_of(name)
             if host_tier is not None:
                 rows = host_tier.resolve(name, rows)
-                host_cache = host_tier.host_cache(name)
+                host_pages = host_tier.host_pages(name)
             decode(
                 name,
                 query[:num_decode_tokens],
@@ -277,7 +277,7 @@ class ClusterKVCPUImpl(ClusterKVImpl):
                 self.config,
                 self._new_scratch(rows.block_table),
                 output[:num_decode_tokens],
-                host_cache,
+                host_pages,
             )
 
     def _prefill(

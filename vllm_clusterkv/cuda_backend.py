@@ -415,12 +415,12 @@ class ClusterKVCUDAImpl(ClusterKVImpl):
                 output[num_decode_tokens:num_tokens],
             )
         if attn_metadata.decode is not None:
-            rows, host_cache = attn_metadata.decode, None
+            rows, host_pages = attn_metadata.decode, None
             layer_name = layer.layer_name  # type: ignore[attr-defined]
             host_tier = tier_of(layer_name)
             if host_tier is not None:
                 rows = host_tier.resolve(layer_name, rows)
-                host_cache = host_tier.host_cache(layer_name)
+                host_pages = host_tier.host_pages(layer_name)
             decode(
                 layer_name,
                 query[:num_decode_tokens],
@@ -430,7 +430,7 @@ class ClusterKVCUDAImpl(ClusterKVImpl):
                 self.config,
                 self.scratch,
                 output[:num_decode_tokens],
-                host_cache,
+                host_pages,
             )
 
 

@@ -13,6 +13,7 @@ from vllm_clusterkv.recall.messages import ClearSlot, Release, SetTail
 NUM_BLOCKS = 30
 ROOMY = {"num_host_pages": 40, "max_slots": 4, "watermark": 0.1}
 TIGHT = {"num_host_pages": 9, "max_slots": 2, "watermark": 0.0}
+HOT = ROOMY | {"num_hot_blocks": 3}
 
 
 def live(engine: Engine, rng: random.Random, num_steps: int) -> None:
@@ -56,7 +57,9 @@ def make_random_engine(folder, rng, asynchronous, policy="fcfs", **settings) -> 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-@pytest.mark.parametrize("settings", [ROOMY, TIGHT], ids=["roomy", "tight"])
+@pytest.mark.parametrize(
+    "settings", [ROOMY, TIGHT, HOT], ids=["roomy", "tight", "hot blocks"]
+)
 def test_random_life(tmp_path, asynchronous, policy, settings):
     rng = random.Random(0)
     engine = make_random_engine(tmp_path, rng, asynchronous, policy, **settings)

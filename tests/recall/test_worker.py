@@ -34,7 +34,7 @@ def make(poison_released=True):
     pages.buffer[: len(inputs.pages.buffer)] = inputs.pages.buffer
     inputs.pages = pages
     width = inputs.block_table.shape[1]
-    tier = HostTier(layout, {LAYER: pages.kv_cache}, 12, 3, width, poison_released)
+    tier = HostTier(layout, {LAYER: pages.kv_cache}, 12, 3, width, 0, poison_released)
     return inputs, tier, num_blocks
 
 
@@ -53,7 +53,7 @@ def run(inputs, tier):
     rows = resolved(tier, inputs)
     query = inputs.query
     inputs.block_table, inputs.index_table = rows.block_table, rows.index_table
-    inputs.host_cache = tier.host_cache(LAYER)
+    inputs.host_cache = tier.host_pages(LAYER).host_cache
     scores, stats = inputs.score_with_stats(ops)
     selected, _ = inputs.select(ops, scores, CASE.token_budget, stats)
     assert inputs.query is query

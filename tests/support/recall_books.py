@@ -81,9 +81,11 @@ def _check_blocks(
     for blocks in manager.req_to_blocks.values():
         holders.update(block.block_id for block in blocks if not block.is_null)
     for state in recall._spilled.values():
-        holders.update(block.block_id for block in state.index_blocks)
-        for block in state.index_blocks:
-            assert holders[block.block_id] == 1, "an index block has two owners"
+        own = [*state.index_blocks, *state.hot_blocks]
+        holders.update(block.block_id for block in own)
+        for block in own:
+            assert holders[block.block_id] == 1, "a block of the tier has two owners"
+        assert len(state.hot_blocks) == recall._num_hot_blocks
     for block in pool.blocks:
         if not block.is_null:
             assert block.ref_cnt == holders[block.block_id]

@@ -84,6 +84,7 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._num_host_pages = num_host_pages
         self._max_slots = vllm_config.scheduler_config.max_num_seqs
         self._poison_released = config.poison_released
+        self._num_hot_blocks = config.num_hot_blocks
         self._tier: HostTier | None = None
         self._layer_names: list[str] = []
         self._scheduler: RecallScheduler | None = None
@@ -96,6 +97,7 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
                 world_size,
                 _min_spillable_len(config, layout.num_kv_heads),
                 config.host_watermark,
+                num_hot_blocks=config.num_hot_blocks,
             )
             self._reported: RecallCounts | None = None
             min_spillable_len = config.effective_min_sparse_len(CROSSOVER_LEN)
@@ -207,6 +209,7 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._num_host_pages,
             self._max_slots,
             self._max_blocks,
+            self._num_hot_blocks,
             self._poison_released,
         )
         self._layer_names = list(kv_caches)

@@ -42,9 +42,15 @@ class Transfer:
 
 @dataclass(frozen=True)
 class StartSlot:
-    """A request got a slot: a row of the worker's tables, empty from here on."""
+    """A request got a slot: a row of the worker's tables, empty from here on.
+
+    Attributes:
+        slot: Its number.
+        hot_blocks: Blocks of vLLM's pool that hold what decode recalls for it.
+    """
 
     slot: int
+    hot_blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

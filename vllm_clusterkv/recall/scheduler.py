@@ -102,6 +102,7 @@ class _Spilled:
     pages: dict[int, _Page] = field(default_factory=dict)
     index_blocks: list[KVCacheBlock] = field(default_factory=list)
     free_entries: list[IndexEntry] = field(default_factory=list)
+    hot_blocks: list[KVCacheBlock] = field(default_factory=list)
     ended: bool = False
 
 
@@ -137,6 +138,7 @@ class RecallScheduler:
         min_spillable_len: int,
         watermark: float,
         max_transfers: int = 16,
+        num_hot_blocks: int = 0,
     ) -> None:
         """
         Args:
@@ -150,6 +152,7 @@ class RecallScheduler:
                 every page on the GPU.
             watermark: Share of the blocks to keep free.
             max_transfers: Transfers under way at a time.
+            num_hot_blocks: That a request gets with its slot.
 
         Raises:
             ValueError: An index block could never hold more pages than it costs.
@@ -165,6 +168,7 @@ class RecallScheduler:
         self._min_spillable_len = min_spillable_len
         self._watermark = watermark
         self._max_transfers = max_transfers
+        self._num_hot_blocks = num_hot_blocks
 
         # Taken from the end: low numbers first.
         self._free_host_pages = list(range(num_host_pages - 1, -1, -1))
@@ -235,7 +239,7 @@ class RecallScheduler:
         self._manager = manager
         self._watermark_blocks = int(self._watermark * pool.num_gpu_blocks)
         kv_cache_manager.watermark_blocks = max(
-            kv_cache_manager.watermark_blocks, RESERVED_BLOCKS
+            kv_cache_manager.watermark_blocks, RESERVED_BLOCKS + self._num_hot_blocks
         )
         self._reserved_blocks = kv_cache_manager.watermark_blocks
 
@@ -448,32 +452,38 @@ class RecallScheduler:
 
         gain = 0
         while gain < num_short:
-            room = min(len(self._free_host_pages), self._num_may_start())
+            num_entries = 0 if spilled is None else len(spilled.free_entries)
+            num_hot_blocks = self._num_hot_blocks if spilled is None else 0
+            # What makes up for the blocks that it takes, in this step and later ones.
+            num_to_start = 1 if num_entries else MIN_PAGES_FOR_INDEX_BLOCK
+            num_needed = num_to_start + num_hot_blocks
+            num_host_pages = len(self._free_host_pages)
+            room = min(num_host_pages, self._num_may_start())
+            if num_host_pages < num_needed or room < num_to_start:
+                break
             pages = list(
                 islice(
                     self._spillable_pages(request_id, num_complete),
                     # One more, in case that they need an index block.
-                    min(room, num_short - gain + 1),
+                    max(num_needed, min(room, num_short - gain + 1)),
                 )
             )
-            num_entries = 0 if spilled is None else len(spilled.free_entries)
-            num_needed = 1 if num_entries else MIN_PAGES_FOR_INDEX_BLOCK
             if len(pages) < num_needed:
-                if room >= num_needed and gain == 0:
+                if gain == 0:
                     self._fruitless[request_id] = seen
                 break
             if num_entries == 0:
-                if self._pool.get_num_free_blocks() == 0:
+                if self._pool.get_num_free_blocks() < 1 + num_hot_blocks:
                     break
                 if spilled is None:
                     spilled = self._take_slot(request)
                 self._take_index_block(spilled)
-                gain -= 1
+                gain -= 1 + num_hot_blocks
                 # Taking a block may release clean pages, this request's too: look
                 # at them afresh.
                 continue
             assert spilled is not None
-            pages = pages[: min(num_entries, num_short - gain)]
+            pages = pages[: min(room, num_entries, num_short - gain)]
             transfers.extend(self._start_copy(spilled, page) for page in pages)
             gain += len(pages)
         return gain
@@ -490,7 +500,11 @@ class RecallScheduler:
     def _take_slot(self, request: Request) -> _Spilled:
         spilled = _Spilled(request, self._free_slots.pop())
         self._spilled[request.request_id] = spilled
-        self._commands.append(StartSlot(spilled.slot))
+        if self._num_hot_blocks:
+            # May release clean pages, of other requests.
+            spilled.hot_blocks = self._pool.get_new_blocks(self._num_hot_blocks)
+        hot_blocks = tuple(block.block_id for block in spilled.hot_blocks)
+        self._commands.append(StartSlot(spilled.slot, hot_blocks))
         self._set_tail(spilled, request.num_computed_tokens)
         return spilled
 
@@ -571,6 +585,7 @@ class RecallScheduler:
             if not owners:
                 del self._owners[page.block.block_id]
         self._pool.free_blocks(spilled.index_blocks)
+        self._pool.free_blocks(spilled.hot_blocks)
 
 
 def _require(owner: Any, *names: str) -> None:

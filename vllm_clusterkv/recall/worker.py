@@ -14,8 +14,13 @@ from collections.abc import Iterable
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_clusterkv.backend import DecodeMetadata
-from vllm_clusterkv.page_layout import BLOCK_SIZE, INDEX_UNIT, PageLayout
+from vllm_clusterkv.backend import DecodeMetadata, HostPages
+from vllm_clusterkv.page_layout import (
+    BLOCK_SIZE,
+    INDEX_UNIT,
+    LINES_PER_PAGE,
+    PageLayout,
+)
 from vllm_clusterkv.recall import host_memory
 from vllm_clusterkv.recall.messages import (
     ClearSlot,
@@ -50,6 +55,7 @@ class HostTier:
         num_host_pages: int,
         max_slots: int,
         max_blocks: int,
+        num_hot_blocks: int = 0,
         poison_released: bool = False,
     ) -> None:
         """Allocates the pool and the tables.
@@ -61,6 +67,7 @@ class HostTier:
             num_host_pages: Pages that the pool holds.
             max_slots: Requests that have pages in it at once.
             max_blocks: Pages of the longest request.
+            num_hot_blocks: For what is recalled for a request.
             poison_released: Fill released blocks with NaN as they get a new owner.
         """
         self._layout = layout
@@ -95,6 +102,22 @@ class HostTier:
             device
         )  # of slots' pages; -1 for those with a block
         self._places = table.clone().to(device)  # of their indexes
+        # Of each layer what decode recalled: ops.py has shapes and meaning.
+        num_layers, num_heads = len(caches), layout.num_kv_heads
+        num_positions = num_hot_blocks * LINES_PER_PAGE
+
+        def new(*shape: int, fill: int = -1, dtype=torch.int32) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        shape = (num_layers, max_slots, num_heads, num_positions)
+        self._hot_blocks = new(max_slots, num_hot_blocks)
+        self._hot_lines = new(*shape)
+        self._hot_order = (
+            torch.arange(num_positions, device=device).int().repeat(*shape[:-1], 1)
+        )
+        hot_pages = num_host_pages if num_hot_blocks else 0
+        self._line_table = new(num_layers, hot_pages, num_heads, LINES_PER_PAGE)
+        self._counters = new(num_layers, 3, fill=0, dtype=torch.int64)
         self._completed: list[int] = []
         self._resolved: DecodeMetadata | None = None
 
@@ -178,18 +201,35 @@ class HostTier:
             seq_lens,
             rows.min_sparse_lens,
             torch.where(on_host, self._places[slots, :width], places),
+            torch.where(is_slots.any(1), slots, -1).int(),
             source=rows,
         )
 
-    def host_cache(self, layer_name: str) -> torch.Tensor:
-        """A layer's: [num_host_pages, num_kv_heads, BLOCK_SIZE, 2 * head_size]."""
-        return self.pool[:, self._layer_numbers[layer_name]]
+    def host_pages(self, layer_name: str) -> HostPages:
+        """Of one layer."""
+        number = self._layer_numbers[layer_name]
+        return HostPages(
+            self.pool[:, number],
+            self._hot_blocks,
+            self._line_table[number],
+            self._hot_lines[number],
+            self._hot_order[number],
+            self._counters[number],
+        )
+
+    def counters(self) -> torch.Tensor:
+        """[num_layers, 3] int64: lines found, recalled and left, since the start."""
+        return self._counters.cpu()
 
     def _change_tables(self, command: Command) -> None:
         match command:
-            case StartSlot(slot) | ClearSlot(slot):
-                self._tail_blocks[slot] = -1
-                self._host_pages[slot] = -1
+            case StartSlot(slot, hot_blocks):
+                self._clear(slot)
+                if hot_blocks:
+                    self._hot_blocks[slot] = torch.tensor(hot_blocks)
+                    self._hot_lines[:, slot] = -1
+            case ClearSlot(slot):
+                self._clear(slot)
             case SetTail(slot, block):
                 self._tail_blocks[slot] = block
             case Release(slot, page, host_page, entry):
@@ -198,9 +238,15 @@ class HostTier:
                     self._block_bytes, entry.block, entry.number
                 )
 
+    def _clear(self, slot: int) -> None:
+        self._tail_blocks[slot] = -1
+        self._host_pages[slot] = -1
+
     def _copy_index(self, transfer: Transfer) -> None:
         size, kv_bytes = self._layout.entry_bytes, self._layout.kv_bytes
         start = transfer.entry.number * size
+        # Nothing of it is hot, whosever lines those of the host page were before.
+        self._line_table[:, transfer.host_page : transfer.host_page + 1] = -1
         for blocks in self._blocks:
             index = blocks[transfer.block, kv_bytes:]
             blocks[transfer.entry.block, start : start + size] = index
