@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=24, help="different ones")
     parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--hot-cache-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, rng = args.model or find_model(), random.Random(args.seed)
@@ -107,7 +108,12 @@ def main() -> None:
     with engine(model, **sizes) as llm:
         prompts = make_prompts(llm.get_tokenizer(), args.prompts, rng)
         answers = generate(llm, prompts, MAX_TOKENS)
-    settings = {"token_budget": 2048, "min_sparse_len": 0, "host_memory_gib": 0.5}
+    settings = {
+        "token_budget": 2048,
+        "min_sparse_len": 0,
+        "host_memory_gib": 0.5,
+        "hot_cache_tokens": args.hot_cache_tokens,
+    }
     with engine(
         model,
         **sizes,

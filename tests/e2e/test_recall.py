@@ -25,7 +25,11 @@ NUM_REQUESTS = 4
 MAX_TOKENS = 30
 NUM_BLOCKS = 14  # of 256 tokens; four requests need five each
 HOST = dict(
-    token_budget=2048, min_sparse_len=0, host_memory_gib=0.5, poison_released=True
+    token_budget=2048,
+    min_sparse_len=0,
+    host_memory_gib=0.5,
+    hot_cache_tokens=0,
+    poison_released=True,
 )
 SIZES = dict(max_model_len=1280, max_num_seqs=8, max_num_batched_tokens=2048)
 

@@ -99,6 +99,7 @@ def test_two_ranks_with_a_host_tier(random_llama, monkeypatch):
             token_budget=2048,
             min_sparse_len=0,
             host_memory_gib=0.02,
+            hot_cache_tokens=256,
             poison_released=True,
         ),
     )

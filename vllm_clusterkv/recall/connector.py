@@ -178,7 +178,8 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self._scheduler is None:
-            return None
+            lines = self._tier.take_lines() if self._tier is not None else None
+            return None if lines is None else RecallStats(data=lines)
         counts = self._scheduler.counts()
         if counts == self._reported:
             return None

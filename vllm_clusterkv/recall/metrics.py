@@ -29,6 +29,13 @@ COUNTERS = {
 }
 """Fields that only grow."""
 
+LINES = {
+    "found": ("found_lines", "Lines of selected rows that were in hot blocks"),
+    "recalled": ("recalled_lines", "Lines recalled from the host"),
+    "left": ("left_lines", "Lines read on the host, having no room in hot blocks"),
+}
+"""What workers count in all layers and KV heads. A line is 8 rows of a KV head."""
+
 
 class RecallStats(KVConnectorStats):
     """Gauges as they are now, and what counters grew by since the last one."""
@@ -48,14 +55,19 @@ class RecallStats(KVConnectorStats):
 
     def aggregate(self, other: KVConnectorStats) -> "RecallStats":
         for name, value in other.data.items():
-            if name in COUNTERS:
+            if name in COUNTERS or name in LINES:
                 value += self.data.get(name, 0)
             self.data[name] = value
         return self
 
     def reduce(self) -> dict[str, int | float]:
         words = {"num_released": "pages on the host", "total_released": "just released"}
-        return {words[name]: self.data.get(name, 0) for name in words}
+        reduced = {words[name]: self.data.get(name, 0) for name in words}
+        found = self.data.get("found", 0)
+        needed = found + sum(self.data.get(name, 0) for name in ("recalled", "left"))
+        if needed:
+            reduced["hot cache hit rate"] = round(found / needed, 3)
+        return reduced
 
     def is_empty(self) -> bool:
         return not self.data
@@ -82,7 +94,7 @@ class RecallPromMetrics(KVConnectorPromMetrics):
             }
 
         self._gauges = make(self._gauge_cls, GAUGES, multiprocess_mode="mostrecent")
-        self._counters = make(self._counter_cls, COUNTERS)
+        self._counters = make(self._counter_cls, COUNTERS | LINES)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():

@@ -31,6 +31,10 @@ from vllm_clusterkv.recall.messages import (
     StartSlot,
     Transfer,
 )
+from vllm_clusterkv.recall.metrics import LINES
+
+STEPS_PER_COUNT = 16
+"""Steps from one look at the counters to the next."""
 
 POISON_BYTE = 0xFF
 """Bytes of it are NaN in every float dtype, and -1 as a cluster's end."""
@@ -118,6 +122,9 @@ class HostTier:
         hot_pages = num_host_pages if num_hot_blocks else 0
         self._line_table = new(num_layers, hot_pages, num_heads, LINES_PER_PAGE)
         self._counters = new(num_layers, 3, fill=0, dtype=torch.int64)
+        self._counts: torch.Tensor | None = None
+        self._taken = [0, 0, 0]
+        self._steps = 0
         self._completed: list[int] = []
         self._resolved: DecodeMetadata | None = None
 
@@ -217,9 +224,32 @@ class HostTier:
             self._counters[number],
         )
 
-    def counters(self) -> torch.Tensor:
-        """[num_layers, 3] int64: lines found, recalled and left, since the start."""
-        return self._counters.cpu()
+    def num_lines(self) -> torch.Tensor:
+        """[3] int64 on the device: lines found, recalled and left, of all layers."""
+        return self._counters.sum(0)
+
+    def take_lines(self) -> dict[str, int] | None:
+        """Lines found, recalled and left since they were last taken.
+
+        On a GPU they come some steps late: nobody waits for it.
+
+        Returns:
+            By name, or None if it is not time.
+        """
+        self._steps += 1
+        if self._steps % STEPS_PER_COUNT:
+            return None
+        if self._counts is None:
+            # Pinned, on GPUs, so that the copy is asynchronous.
+            self._counts = torch.zeros(3, dtype=torch.int64, pin_memory=self._is_cuda)
+        now = self._counts.tolist()
+        lines = {
+            name: int(n - before)
+            for name, n, before in zip(LINES, now, self._taken, strict=True)
+        }
+        self._taken = now
+        self._counts.copy_(self.num_lines(), non_blocking=True)
+        return lines if any(lines.values()) else None
 
     def _change_tables(self, command: Command) -> None:
         match command:
