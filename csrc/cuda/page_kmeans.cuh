@@ -18,12 +18,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../params.h"
+#include "page_shape.h"
 #include "ptx.cuh"
 
 namespace clusterkv::cuda {
 
-constexpr int kPageRows = 256;  // also threads a block: 8 warps of 32 rows
+// A block has a thread for each of a page's rows.
 constexpr int kPageWarps = kPageRows / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 

@@ -149,6 +149,15 @@ __device__ __forceinline__ float4 load_now(const float4* pointer) {
   return value;
 }
 
+__device__ __forceinline__ uint4 load_now(const uint4* pointer) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(pointer)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ float fast_sqrt(float value) {
   float root;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));

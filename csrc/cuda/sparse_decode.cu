@@ -17,8 +17,6 @@ void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor sprea
       check_sparse_decode(query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
                           min_sparse_lens, scores, selected, scale, num_sink_tokens, tail_estimate,
                           workspace, output, index_table, host_cache, line_table);
-  STD_TORCH_CHECK(params.pages.line_table == nullptr,
-                  "sparse_decode: line_table is for CPUs so far");
   check_decode_shapes("sparse_decode", params.pages, params.rows);
   check_aligned("sparse_decode", "query", params.query,
                 {params.query_row_stride, params.query_head_stride});

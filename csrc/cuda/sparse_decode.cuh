@@ -26,12 +26,12 @@
 
 #include "../params.h"
 #include "merge_partials.cuh"
+#include "page_shape.h"
 #include "ptx.cuh"
 #include "tile_attention.cuh"
 
 namespace clusterkv::cuda {
 
-constexpr int kPageRows = 256;
 constexpr int kClustersAThread = 8;  // of one page: pages have 8, 16 or 32
 
 // What the threads of a block tell each other of a window.
@@ -39,7 +39,8 @@ template <int kHeadSize>
 struct SparseShared {
   using Traits = DecodeTraits<kHeadSize>;
   static constexpr int kWindowClusters = Traits::kThreads * kClustersAThread;
-  const void* pages[kWindowClusters / 8];  // the window's, of this KV head
+  const void* pages[kWindowClusters / 8];     // the window's, of this KV head
+  const int32_t* lines[kWindowClusters / 8];  // their entries in line_table, or null
   // The selected clusters: number in the window, page in the window * 256 + first row,
   // and the rows of the selected clusters before.
   uint16_t clusters[kWindowClusters];
@@ -54,6 +55,7 @@ template <typename T>
 struct DecodeRow {
   const T* kv;           // of this KV head
   const T* host;         // likewise
+  const int32_t* lines;  // likewise, or null
   const T* mean_values;  // likewise
   const int16_t* cluster_ends;
   const int32_t* block_table;
@@ -281,9 +283,12 @@ __device__ int list_selected(const SemanticPages& pages, const DecodeRow<T>& row
   if ((thread * 8 & ((1 << log_clusters) - 1)) == 0) {
     const int page = thread * 8 >> log_clusters;
     shared.places[page] = clusters.place;
-    shared.pages[page] = clusters.block >= 0
-                             ? row.kv + clusters.block * pages.kv_block_stride
-                             : row.host + (-1 - clusters.block) * pages.host_page_stride;
+    const int64_t host_page = -1 - clusters.block;
+    shared.pages[page] = clusters.block >= 0 ? row.kv + clusters.block * pages.kv_block_stride
+                                             : row.host + host_page * pages.host_page_stride;
+    shared.lines[page] = clusters.block >= 0 || row.lines == nullptr
+                             ? nullptr
+                             : row.lines + host_page * pages.num_kv_heads * kLinesAPage;
   }
   uint64_t selected = 0;  // a byte a cluster
   if (clusters.first >= 0) {
@@ -361,8 +366,17 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
         if (entry + step < num_selected && shared.rows_before[entry + step] <= i) entry += step;
       }
       const int at = shared.starts[entry] + i - shared.rows_before[entry];
-      return static_cast<const T*>(shared.pages[at / kPageRows]) +
-             at % kPageRows * p.pages.kv_row_stride;
+      const auto* page = static_cast<const T*>(shared.pages[at / kPageRows]);
+      const int32_t* lines = shared.lines[at / kPageRows];
+      int page_row = at % kPageRows;
+      if (lines != nullptr) {
+        const int hot = __ldcg(lines + page_row / kRowsALine);
+        if (hot >= 0) {
+          page = row.kv + int64_t{hot / kLinesAPage} * p.pages.kv_block_stride;
+          page_row = hot % kLinesAPage * kRowsALine + page_row % kRowsALine;
+        }
+      }
+      return page + page_row * p.pages.kv_row_stride;
     };
     const auto mean_of_lane = [&](int tile) -> const T* {
       const int entry = tile * kTileRows + lane;
@@ -448,6 +462,7 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   DecodeRow<T> row;
   row.kv = static_cast<const T*>(pages.kv_cache) + kv_head * pages.kv_head_stride;
   row.host = static_cast<const T*>(pages.host_cache) + kv_head * pages.host_head_stride;
+  row.lines = pages.line_table == nullptr ? nullptr : pages.line_table + kv_head * kLinesAPage;
   row.mean_values = static_cast<const T*>(pages.centroids) + kv_head * pages.centroid_head_stride +
                     pages.centroid_value_offset;
   row.cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;

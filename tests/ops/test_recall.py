@@ -31,12 +31,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def device() -> str:
-    """The only one so far."""
-    return "cpu"
-
-
 @dataclass
 class HotCache:
     """The state of a layer that ``recall`` keeps, and the batch's slots."""
@@ -48,11 +42,14 @@ class HotCache:
     hot_order: torch.Tensor
     counters: torch.Tensor
 
-    def copy(self) -> "HotCache":
-        return HotCache(**{name: t.clone() for name, t in vars(self).items()})
+    def to(self, device: str) -> "HotCache":
+        """A copy on ``device``."""
+        return HotCache(
+            **{name: t.to(device, copy=True) for name, t in vars(self).items()}
+        )
 
 
-def make(case, num_hot_blocks: int) -> tuple[DecodeInputs, HotCache]:
+def make(case, num_hot_blocks: int, device: str) -> tuple[DecodeInputs, HotCache]:
     """A batch with pages on the host, and hot blocks behind the others, full of NaN."""
     inputs = make_decode_inputs(case).spilled()
     pages = inputs.pages
@@ -78,7 +75,7 @@ def make(case, num_hot_blocks: int) -> tuple[DecodeInputs, HotCache]:
         order.int(),
         torch.zeros(3, dtype=torch.int64),
     )
-    return inputs, hot_cache
+    return inputs.to(device), hot_cache.to(device)
 
 
 def recall_args(inputs, selected, hot_cache) -> dict:
@@ -98,7 +95,7 @@ def recall_args(inputs, selected, hot_cache) -> dict:
 def step(inputs, case, seed: int):
     """Scores and selection of a step with a query that resembles the last one's."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(inputs.query.shape, generator=generator)
+    noise = torch.randn(inputs.query.shape, generator=generator).to(inputs.query.device)
     inputs.query = (inputs.query.float() + noise).to(inputs.query.dtype)
     scores, stats = inputs.score_with_stats(ops)
     return scores, inputs.select(ops, scores, case.token_budget, stats)[0]
@@ -107,26 +104,28 @@ def step(inputs, case, seed: int):
 @pytest.mark.parametrize("num_hot_blocks", [1, 2, 12])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_steps_are_those_of_the_reference(case, num_hot_blocks, device):
-    inputs, actual = make(case, num_hot_blocks)
-    expected, twin = actual.copy(), make(case, num_hot_blocks)[0]
+    inputs, actual = make(case, num_hot_blocks, device)
+    twin, expected = make(case, num_hot_blocks, "cpu")
     for seed in range(5):
         scores, selected = step(inputs, case, seed)
         ops.recall(**recall_args(inputs, selected, actual))
-        reference.recall(**recall_args(twin, selected, expected))
+        reference.recall(**recall_args(twin, selected.cpu(), expected))
         for name, tensor in vars(actual).items():
             assert_same_bits(tensor, getattr(expected, name))
         assert_same_bits(inputs.pages.buffer, twin.pages.buffer)
-        check_tables(inputs, actual)
+        check_tables(twin, expected)
 
         plain = inputs.decode(ops, scores, selected, num_splits=case.num_splits)
-        for module in (ops, reference):
-            args = inputs.decode_args(scores, selected, num_splits=case.num_splits)
-            if module is reference:
-                reference.sparse_decode(**args)
-                plain = args["output"].clone()
-                args = inputs.decode_args(scores, selected, num_splits=case.num_splits)
-            module.sparse_decode(**args, line_table=actual.line_table)
-            assert_same_bits(args["output"], plain)
+        args = inputs.decode_args(scores, selected, num_splits=case.num_splits)
+        ops.sparse_decode(**args, line_table=actual.line_table)
+        assert_same_bits(args["output"], plain)
+
+        twin.query = inputs.query.cpu()
+        of_twin = scores.cpu(), selected.cpu()
+        plain = twin.decode(reference, *of_twin)
+        args = twin.decode_args(*of_twin)
+        reference.sparse_decode(**args, line_table=expected.line_table)
+        assert_same_bits(args["output"], plain)
     found, recalled, left = actual.counters.tolist()
     assert recalled > 0
     if num_hot_blocks == 12:
@@ -164,12 +163,12 @@ def check_tables(inputs, hot_cache) -> None:
 def test_the_hot_blocks_are_what_is_read(device):
     """A recalled line spoilt on the host changes nothing, in its hot block it does."""
     case = CASES[0]
-    inputs, hot_cache = make(case, 12)
+    inputs, hot_cache = make(case, 12, device)
     scores, selected = step(inputs, case, 0)
     ops.recall(**recall_args(inputs, selected, hot_cache))
     args = inputs.decode_args(scores, selected)
     ops.sparse_decode(**args, line_table=hot_cache.line_table)
-    expected = args["output"].clone()
+    expected = args["output"].cpu()  # and waits, before what they read changes
     inputs.host_cache.fill_(float("nan"))
     args = inputs.decode_args(scores, selected)
     ops.sparse_decode(**args, line_table=hot_cache.line_table)
@@ -177,14 +176,14 @@ def test_the_hot_blocks_are_what_is_read(device):
     inputs.pages.kv_cache[hot_cache.hot_blocks[hot_cache.row_slots[0]].long()] = 0
     args = inputs.decode_args(scores, selected)
     ops.sparse_decode(**args, line_table=hot_cache.line_table)
-    assert not torch.equal(args["output"], expected)
+    assert not torch.equal(args["output"].cpu(), expected)
 
 
 def test_rows_without_a_slot_and_dense_rows_are_passed_over(device):
     case = CASES[4]  # its first row is dense
-    inputs, hot_cache = make(case, 2)
+    inputs, hot_cache = make(case, 2, device)
     hot_cache.row_slots[1] = -1
-    before = hot_cache.copy()
+    before = hot_cache.to("cpu")
     _, selected = step(inputs, case, 0)
     ops.recall(**recall_args(inputs, selected, hot_cache))
     for name, tensor in vars(hot_cache).items():
@@ -216,6 +215,6 @@ def test_rows_without_a_slot_and_dense_rows_are_passed_over(device):
 )
 def test_bad_arguments_are_named(name, spoil, message):
     case = cases.DecodeCase((1500, 1300), group=2)
-    inputs, hot_cache = make(case, 1)
+    inputs, hot_cache = make(case, 1, "cpu")
     _, selected = step(inputs, case, 0)
     rejected(ops.recall, recall_args(inputs, selected, hot_cache), name, spoil, message)

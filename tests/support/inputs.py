@@ -122,10 +122,8 @@ class DecodeInputs:
             self.min_sparse_lens.to(device, copy=True),
             self.scale,
             self.num_sink_tokens,
-            None
-            if self.index_table is None
-            else with_gaps(self.index_table.to(device)),
-            self.host_cache,
+            index_table,
+            host_cache,
         )
 
     def only(self, req: int) -> "DecodeInputs":

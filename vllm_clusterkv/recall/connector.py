@@ -29,7 +29,11 @@ from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 from vllm_clusterkv.recall import host_memory
 from vllm_clusterkv.recall.messages import Acknowledgement, Orders
 from vllm_clusterkv.recall.metrics import RecallPromMetrics, RecallStats
-from vllm_clusterkv.recall.scheduler import RecallCounts, RecallScheduler
+from vllm_clusterkv.recall.scheduler import (
+    MIN_PAGES_FOR_INDEX_BLOCK,
+    RecallCounts,
+    RecallScheduler,
+)
 from vllm_clusterkv.recall.worker import HostTier, page_count, register_layers
 
 if TYPE_CHECKING:
@@ -82,25 +86,31 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._layout = layout
         self._num_host_pages = num_host_pages
-        self._max_slots = vllm_config.scheduler_config.max_num_seqs
+        # Tables are of all slots: no more than the host pool has use for.
+        self._max_slots = min(
+            vllm_config.scheduler_config.max_num_seqs,
+            max(
+                1, num_host_pages // (MIN_PAGES_FOR_INDEX_BLOCK + config.num_hot_blocks)
+            ),
+        )
         self._poison_released = config.poison_released
         self._num_hot_blocks = config.num_hot_blocks
         self._tier: HostTier | None = None
         self._layer_names: list[str] = []
         self._scheduler: RecallScheduler | None = None
         if role == KVConnectorRole.SCHEDULER:
+            min_spillable_len = _min_spillable_len(config, layout.num_kv_heads)
             self._scheduler = RecallScheduler(
                 num_host_pages,
                 self._max_slots,
                 layout.entries_per_block,
                 BLOCK_SIZE,
                 world_size,
-                _min_spillable_len(config, layout.num_kv_heads),
+                min_spillable_len,
                 config.host_watermark,
                 num_hot_blocks=config.num_hot_blocks,
             )
             self._reported: RecallCounts | None = None
-            min_spillable_len = config.effective_min_sparse_len(CROSSOVER_LEN)
             if vllm_config.model_config.max_model_len < min_spillable_len:
                 logger.warning(
                     "CLUSTERKV host tier: no page will move. Requests must have at "

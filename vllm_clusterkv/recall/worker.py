@@ -10,6 +10,8 @@ slot by its tail block, and puts the slot's released pages in place of stale blo
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
@@ -36,8 +38,8 @@ from vllm_clusterkv.recall.metrics import LINES
 STEPS_PER_COUNT = 16
 """Steps from one look at the counters to the next."""
 
-POISON_BYTE = 0xFF
-"""Bytes of it are NaN in every float dtype, and -1 as a cluster's end."""
+POISON_WORD = -1
+"""Its bytes are NaN in every float dtype, and -1 as a cluster's end."""
 
 POISON_ROW = 1e4
 """What keys and values are filled with on GPUs: FlashAttention multiplies by zero what
@@ -81,7 +83,7 @@ class HostTier:
         for cache in caches:
             layout.index_views(cache)  # raises where the layer is not of this layout
         self._block_bytes = caches[0].stride(0) * caches[0].element_size()
-        self._blocks = [_bytes_of_blocks(cache, layout.page_bytes) for cache in caches]
+        self._spans = _join_layers(caches, layout.page_bytes)
         self._caches = caches
         self._poison_released = poison_released
         device = caches[0].device
@@ -97,6 +99,8 @@ class HostTier:
             layout.dtype,
             pinned=self._is_cuda,
         )
+        # [num_host_pages, num_layers, words of keys and values]
+        self._pool_words = self.pool.view(num_host_pages, len(caches), -1).view(_WORD)
         # Rows are copied beside the steps' kernels.
         self._copy_stream = torch.cuda.Stream(device) if self._is_cuda else None
         self._under_way: deque[tuple[torch.cuda.Event, list[int]]] = deque()
@@ -273,36 +277,73 @@ class HostTier:
         self._host_pages[slot] = -1
 
     def _copy_index(self, transfer: Transfer) -> None:
-        size, kv_bytes = self._layout.entry_bytes, self._layout.kv_bytes
+        size = self._layout.entry_bytes // _WORD_BYTES
+        kv_size = self._layout.kv_bytes // _WORD_BYTES
         start = transfer.entry.number * size
         # Nothing of it is hot, whosever lines those of the host page were before.
         self._line_table[:, transfer.host_page : transfer.host_page + 1] = -1
-        for blocks in self._blocks:
-            index = blocks[transfer.block, kv_bytes:]
-            blocks[transfer.entry.block, start : start + size] = index
+        for span in self._spans:
+            index = span.words[:, transfer.block, kv_size : kv_size + size]
+            span.words[:, transfer.entry.block, start : start + size] = index
 
     def _copy_rows(self, transfer: Transfer) -> None:
-        for rows, cache in zip(
-            self.pool[transfer.host_page], self._caches, strict=True
-        ):
-            rows.copy_(cache[transfer.block], non_blocking=True)
+        size = self._layout.kv_bytes // _WORD_BYTES
+        for span in self._spans:
+            rows = self._pool_words[transfer.host_page, span.layers]
+            rows.copy_(span.words[:, transfer.block, :size], non_blocking=True)
 
     def _poison(self, block: int) -> None:
-        for blocks, cache in zip(self._blocks, self._caches, strict=True):
-            blocks[block] = POISON_BYTE
-            if self._is_cuda:
+        for span in self._spans:
+            span.words[:, block] = POISON_WORD
+        if self._is_cuda:
+            for cache in self._caches:
                 cache[block] = POISON_ROW
 
 
-def _bytes_of_blocks(kv_cache: torch.Tensor, page_bytes: int) -> torch.Tensor:
-    """[num_blocks, page_bytes] uint8 over a layer's pages, indexes and padding too."""
-    size = kv_cache.element_size()
-    everything = torch.empty(0, dtype=torch.uint8, device=kv_cache.device)
+_WORD = torch.int64
+_WORD_BYTES = 8
+
+
+@dataclass
+class _Span:
+    """Layers whose pages are evenly spaced in memory: one copy moves a page of all."""
+
+    words: torch.Tensor  # [num_layers, num_blocks, words of a page], with padding
+    layers: slice
+
+
+def _join_layers(caches: list[torch.Tensor], page_bytes: int) -> list[_Span]:
+    """One span for all layers where vLLM has put them so, or one for each.
+
+    Args:
+        caches: As ``HostTier`` has them, in its order.
+        page_bytes: Of a block, its index included.
+    """
+    starts = [cache.data_ptr() for cache in caches]
+    steps = {after - before for before, after in pairwise(starts)}
+    storages = {cache.untyped_storage().data_ptr() for cache in caches}
+    if len(steps) == len(storages) == 1 and min(steps) > 0:
+        spans, step = [slice(0, len(caches))], steps.pop()
+    else:
+        spans, step = [slice(i, i + 1) for i in range(len(caches))], 0
+    return [
+        _Span(_words_of_pages(caches[layers], step, page_bytes), layers)
+        for layers in spans
+    ]
+
+
+def _words_of_pages(
+    caches: list[torch.Tensor], step: int, page_bytes: int
+) -> torch.Tensor:
+    """[layers, blocks, words of a page] over layers that lie ``step`` bytes apart."""
+    cache = caches[0]
+    size = cache.element_size()
+    everything = torch.empty(0, dtype=_WORD, device=cache.device)
     return everything.set_(
-        kv_cache.untyped_storage(),
-        kv_cache.storage_offset() * size,
-        (kv_cache.shape[0], page_bytes),
-        (kv_cache.stride(0) * size, 1),
+        cache.untyped_storage(),
+        cache.storage_offset() * size // _WORD_BYTES,
+        (len(caches), cache.shape[0], page_bytes // _WORD_BYTES),
+        (step // _WORD_BYTES, cache.stride(0) * size // _WORD_BYTES, 1),
     )
 
 
