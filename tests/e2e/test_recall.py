@@ -7,6 +7,7 @@ in each step; released blocks are filled with NaN, so that a stale table shows.
 """
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -195,8 +196,15 @@ def test_random_life(llm, crowd, answers):
 
 
 def test_stale_tables_would_be_seen(llm, crowd, answers, monkeypatch):
-    """The control: without ``resolve``, answers are wrong."""
-    monkeypatch.setattr(HostTier, "_resolve", lambda self, rows: rows)
+    """The control: with the block tables as vLLM has them, answers are wrong."""
+    resolve = HostTier._resolve
+
+    def with_stale_blocks(self, rows):
+        resolved = resolve(self, rows)
+        width = resolved.block_table.shape[1]
+        return replace(resolved, block_table=rows.block_table[:, :width])
+
+    monkeypatch.setattr(HostTier, "_resolve", with_stale_blocks)
     finished, _ = run(llm, crowd)
     wrong = [
         i

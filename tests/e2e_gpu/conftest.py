@@ -65,14 +65,22 @@ ENGINES = {
     },
 }
 
-HOST_TIER = {"token_budget": 4096, "min_sparse_len": 0, "host_memory_gib": 1}
-for mode, args in {"graphs": decode_graphs(1, 2, 4, 8), "eager": EAGER}.items():
-    # Sixteen pages for five requests of five pages each.
+HOST_TIER = {
+    "token_budget": 4096,
+    "min_sparse_len": 0,
+    "host_memory_gib": 1,
+    "poison_released": True,
+}
+for mode, hot_cache_tokens, args in (
+    ("graphs", 256, decode_graphs(1, 2, 4, 8)),
+    ("eager", 0, EAGER),
+):
+    # Three of five requests of eight pages each.
     ENGINES[f"host tier, {mode}"] = (
         CHUNK
-        | clusterkv(**HOST_TIER, poison_released=True)
+        | clusterkv(**HOST_TIER, hot_cache_tokens=hot_cache_tokens)
         | args
-        | {"max_model_len": 1536, "num_gpu_blocks_override": 17}
+        | {"max_model_len": 2560, "num_gpu_blocks_override": 28}
     )
 
 # Enough for all 64 prompts to be computed, 600 tokens a step, before the first ends.
@@ -91,7 +99,7 @@ def prompts(text_ids):
     named["full_batch"] = [text_ids[350 * i : 350 * i + 60 + 13 * i] for i in range(64)]
     # Fills its first page while it decodes.
     named["page_end"] = [text_ids[:240]]
-    named["moving"] = [text_ids[1300 * i : 1300 * i + 1040 + 30 * i] for i in range(5)]
+    named["moving"] = [text_ids[2100 * i : 2100 * i + 1900 + 30 * i] for i in range(5)]
     return named
 
 

@@ -29,6 +29,13 @@ def test_pages_moved_and_nothing_is_left(outcome, mode):
     assert not any(result.held.values())
 
 
+def test_lines_are_recalled(outcome):
+    """All are wanted at each step, of which one hot block holds a part."""
+    found, recalled, left = outcome("host tier, graphs").num_lines
+    assert recalled > 0 and left > 0
+    assert not any(outcome("host tier, eager").num_lines)
+
+
 def test_graphs_are_replayed(outcome):
     assert outcome("host tier, graphs").full_replays["moving"]
     assert not any(outcome("host tier, eager").full_replays.values())

@@ -27,6 +27,7 @@ from tests.support.engine import (
     run_with_follower,
     sampling,
 )
+from vllm_clusterkv.recall.worker import tier_of
 
 GARBAGE = 1000.0
 """K and V where nothing was written: finite, and visible if attended to."""
@@ -102,6 +103,7 @@ class Outcome:
             replayed, without padding, in order.
         num_preemptions: In ``run_with_few_pages``, of the crowd.
         num_released: In ``run_with_host_tier``, pages whose block was given away.
+        num_lines: Likewise, lines found, recalled and left.
         held: Likewise, what nobody held when all had ended: by kind.
     """
 
@@ -109,6 +111,7 @@ class Outcome:
     full_replays: dict[str, list[int]] = field(default_factory=dict)
     num_preemptions: int = 0
     num_released: int = 0
+    num_lines: list[int] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
@@ -241,6 +244,9 @@ def run_with_host_tier(llm, moving: Round) -> Outcome:
     counts = scheduler.connector._decisions.counts()
     pool = scheduler.kv_cache_manager.block_pool
     outcome.num_released = counts.total_released
+    tier = tier_of(next(iter(attention_layers(llm))))
+    assert tier is not None
+    outcome.num_lines = tier.num_lines().tolist()
     outcome.held = {
         "slots": counts.num_slots,
         "transfers": counts.num_copying,
