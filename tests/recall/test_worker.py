@@ -151,6 +151,20 @@ def test_poison_comes_before_copies():
     assert (is_[:size] == -1).all() and (is_[2 * size :] == -1).all()
 
 
+def test_entries_are_copied_without_padding():
+    """Which holds anything; where entries were, FlashAttention must not find NaN."""
+    inputs, tier, spare = make(poison_released=False)
+    layout = inputs.pages.layout
+    padding = layout.page_bytes - layout.used_bytes
+    assert padding > 0
+    inputs.pages.bytes_of_blocks()[spare] = 0
+    block = int(inputs.block_table[0, 1])
+    tier.apply(Orders([], [], [Transfer(0, block, 3, IndexEntry(spare, 1))]))
+    entry = inputs.pages.bytes_of_blocks()[spare, layout.entry_bytes :]
+    entry = entry[: layout.entry_bytes]
+    assert (entry[:-padding] != 0).any() and not (entry[-padding:] != 0).any()
+
+
 @pytest.mark.parametrize(("gib", "pages"), [(0, 0), (1, 34), (0.5, 17)])
 def test_pages_of_so_much_memory(gib, pages):
     layout = make_decode_inputs(CASE).pages.layout  # 2 heads of 64 in fp32

@@ -277,9 +277,11 @@ class HostTier:
         self._host_pages[slot] = -1
 
     def _copy_index(self, transfer: Transfer) -> None:
-        size = self._layout.entry_bytes // _WORD_BYTES
+        start = transfer.entry.number * self._layout.entry_bytes // _WORD_BYTES
         kv_size = self._layout.kv_bytes // _WORD_BYTES
-        start = transfer.entry.number * size
+        # Without the padding. One day this block holds rows again, and those that are
+        # masked FlashAttention multiplies by zero: all that it finds must be finite.
+        size = -(-self._layout.used_bytes // _WORD_BYTES) - kv_size
         # Nothing of it is hot, whosever lines those of the host page were before.
         self._line_table[:, transfer.host_page : transfer.host_page + 1] = -1
         for span in self._spans:
