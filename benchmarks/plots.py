@@ -20,6 +20,12 @@ _OP_COLORS = {
     "xformers": "tab:gray",
 }
 
+_BACKEND_COLORS = {
+    "dense": "black",
+    "dense+offload": "tab:gray",
+    "clusterkv": "tab:blue",
+}
+
 
 def plot_decode(results: Path, out: Path) -> None:
     """Time of a layer's decode attention against the context, and its ratio to dense.
@@ -153,6 +159,48 @@ def plot_prefill(results: Path, out: Path) -> None:
     _save(figure, out)
 
 
+def plot_throughput(results: Path, out: Path) -> None:
+    """Tokens a second and requests that decode at once, against the concurrency.
+
+    Args:
+        results: CSV file of bench_throughput.py.
+        out: PNG file.
+    """
+    with results.open() as file:
+        rows = list(csv.DictReader(file))
+    columns = {
+        "output_tok_s": "output tokens a second, whole run",
+        "decode_tok_s": "output tokens a second, decode alone",
+        "max_decoding": "requests decoding at once, at most",
+    }
+    figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4.5))
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            points = {
+                int(row["concurrency"]): float(row[column])
+                for row in rows
+                if row["backend"] == backend and row[column]
+            }
+            numbers = sorted(points)
+            axis.plot(
+                numbers,
+                [points[n] for n in numbers],
+                "o-",
+                label=backend,
+                color=_BACKEND_COLORS[backend],
+            )
+        axis.set(title=title, xlabel="requests sent at once")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    first = rows[0]
+    figure.suptitle(
+        f"{first['model']} in vllm serve, prompts of {first['prompt_len']} tokens, "
+        f"{first['gpu']}"
+    )
+    _save(figure, out)
+
+
 def _plot_points(axis, points: dict[int, float], name: str, color: str) -> None:
     """A line over the context, both logarithmic."""
     contexts = sorted(points)
@@ -183,6 +231,7 @@ def main() -> None:
         "ops": plot_ops,
         "decode": plot_engine_decode,
         "prefill": plot_prefill,
+        "throughput": plot_throughput,
     }
     for name, plot in plots.items():
         if (folder / f"{name}.csv").exists():
