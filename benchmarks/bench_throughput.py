@@ -27,8 +27,12 @@ warm it up. Of each point:
                      client saw it
     hit_rate         of the lines of host pages that decode needed, those it found in
                      hot blocks; by counters that may be some steps late
+    kv_tokens        that the KV cache holds, as the server's log says
     cached_tokens    of prompts, that came from a prefix cache: 0, unless a request was
                      preempted before its first token
+
+On a CPU it can be tried out with small numbers; VLLM_CPU_KVCACHE_SPACE is the GiB of
+the KV cache there, 1 if not set, and vLLM does not offload.
 
 Writes throughput.csv, throughput.machine.json, a log a server and, with matplotlib,
 throughput.png. Rows are written as they come; points that the CSV file in --out has are
@@ -56,7 +60,6 @@ from timing import command_line
 from vllm_clusterkv.page_layout import BLOCK_SIZE
 
 BACKENDS = ["dense", "dense+offload", "clusterkv"]
-KEYS = ("model", "backend", "concurrency", "prompt_len", "output_len", "num_requests")
 WARM_UP_TOKENS = 32
 
 
@@ -98,24 +101,32 @@ def num_requests(args: argparse.Namespace, concurrency: int) -> int:
 
 def missing_points(backend: str, args: argparse.Namespace, rows: list[dict]) -> list:
     """Concurrencies that ``rows`` do not have."""
-    known = {tuple(str(row[key]) for key in KEYS) for row in rows}
     return [
         concurrency
         for concurrency in args.concurrency
-        if tuple(map(str, point_keys(backend, args, concurrency))) not in known
+        if not any(is_point(row, backend, args, concurrency) for row in rows)
     ]
 
 
-def point_keys(backend: str, args: argparse.Namespace, concurrency: int) -> tuple:
-    """Values of ``KEYS``."""
-    return (
-        Path(args.model).name,
-        backend,
-        concurrency,
-        args.prompt_len,
-        args.output_len,
-        num_requests(args, concurrency),
-    )
+def is_point(row: dict, backend: str, args: argparse.Namespace, number: int) -> bool:
+    """Whether a row, perhaps read from a file, is of that point."""
+    columns = point_columns(backend, args, number)
+    return all(str(row[name]) == str(value) for name, value in columns.items())
+
+
+def point_columns(backend: str, args: argparse.Namespace, concurrency: int) -> dict:
+    """What tells a point from others."""
+    is_sparse = backend == "clusterkv"
+    return {
+        "model": Path(args.model).name,
+        "backend": backend,
+        "concurrency": concurrency,
+        "prompt_len": args.prompt_len,
+        "output_len": args.output_len,
+        "num_requests": num_requests(args, concurrency),
+        "token_budget": args.token_budget if is_sparse else "",
+        "host_memory_gib": "" if backend == "dense" else args.host_memory_gib,
+    }
 
 
 def run_backend(
@@ -132,7 +143,7 @@ def run_backend(
     Yields:
         A row for each point, without what all rows have in common.
     """
-    log = args.out / f"throughput-{backend}.log"
+    log = args.out / f"throughput-{backend.replace('+', '-')}.log"
     print(f"{backend}: starting the server, log in {log}", flush=True)
     flags = server_flags(backend, args)
     with running_server(args.model, flags, log, args.start_timeout) as server:
@@ -143,8 +154,9 @@ def run_backend(
         for concurrency in points:
             prompts = make_prompts(args, concurrency, num_requests(args, concurrency))
             crowd = Crowd(args.model, prompts, args.output_len, concurrency)
-            keys = dict(zip(KEYS, point_keys(backend, args, concurrency), strict=True))
-            row = keys | summary(*serve(server.url, crowd))
+            row = point_columns(backend, args, concurrency)
+            row |= summary(*serve(server.url, crowd))
+            row["kv_tokens"] = facts[backend]["kv_tokens"]
             print(f"{backend}: {json.dumps(row)}", flush=True)
             yield row
         stop(server, args)
@@ -166,8 +178,11 @@ def stop(server: Server, args: argparse.Namespace) -> None:
         unfinished = stop_under_load(server.url, crowd, server.stop)
         print(f"stopped with {unfinished} of {number} requests unfinished")
     end = "killed" if server.was_killed else "ended"
-    left = f", and left {server.left_processes}" if server.left_processes else ""
-    print(f"{end} {server.stop_s:.1f} s after SIGTERM, {args.stop}{left}", flush=True)
+    print(f"{end} {server.stop_s:.1f} s after SIGTERM, {args.stop}", flush=True)
+    if server.gone_s is not None:
+        print(f"all that it started was gone after {server.gone_s:.1f} s")
+    if server.left_processes:
+        print(f"it left processes behind: {', '.join(server.left_processes)}")
 
 
 def summary(streams: list[Stream], samples: list[Sample]) -> dict:
@@ -238,7 +253,7 @@ def parse_args() -> argparse.Namespace:
     add("--settings", type=json.loads, default={}, help="more for clusterkv, as JSON")
     add("--dense-backend", default=DENSE_BACKEND[device()])
     add("--max-model-len", type=int, help="prompt and output, in whole pages, if none")
-    add("--max-num-seqs", type=int, help="the largest concurrency if not given")
+    add("--max-num-seqs", type=int, default=64)
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--server-args", default="", help="more for vllm serve, all backends")
@@ -252,7 +267,8 @@ def parse_args() -> argparse.Namespace:
     if not args.max_model_len:
         length = args.prompt_len + args.output_len
         args.max_model_len = -(-length // BLOCK_SIZE) * BLOCK_SIZE
-    args.max_num_seqs = args.max_num_seqs or max(args.concurrency)
+    if args.max_num_seqs < max(args.concurrency):
+        parser.error("--max-num-seqs must be at least --concurrency")
     return args
 
 
@@ -271,10 +287,7 @@ def main() -> None:
             print(f"{backend}: every point is there already")
             continue
         for row in run_backend(backend, args, points, facts):
-            common = {
-                "host_memory_gib": "" if backend == "dense" else args.host_memory_gib
-            }
-            common |= {name: info[name] for name in ("commit", "vllm", "torch")}
+            common = {name: info[name] for name in ("commit", "vllm", "torch")}
             rows.append({"gpu": info["gpu"] or "none (cpu)"} | row | common)
             write_results(args.out, rows, info, facts)
         write_results(args.out, rows, info, facts)

@@ -30,7 +30,7 @@ _DEVICE_ENV = {"cuda": {}, "cpu": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
 DENSE_BACKEND = {"cuda": "FLASH_ATTN", "cpu": "CPU_ATTN"}
 STOP_S = 120
 """Seconds after SIGTERM before a server is killed."""
-SETTLE_S = 3
+SETTLE_S = 30
 
 
 def device() -> str:
@@ -49,8 +49,8 @@ class Server:
         start_s: From start to the first healthy answer.
         stop_s: From SIGTERM to the end of the process that got it; None before.
         was_killed: Whether it had not ended ``STOP_S`` later.
-        left_processes: Names of those that it started and that were still there
-            ``SETTLE_S`` after it.
+        gone_s: From SIGTERM to the end of all that it started.
+        left_processes: Names of those that were there ``SETTLE_S`` after it ended.
     """
 
     process: subprocess.Popen
@@ -60,6 +60,7 @@ class Server:
     start_s: float
     stop_s: float | None = None
     was_killed: bool = False
+    gone_s: float | None = None
     left_processes: list[str] = field(default_factory=list)
 
     def stop(self) -> None:
@@ -73,18 +74,26 @@ class Server:
         except subprocess.TimeoutExpired:
             self.was_killed = True
         self.stop_s = time.monotonic() - start
-        if not self.was_killed:
-            self.left_processes = _left_of_session(self.process.pid)
+        deadline = time.monotonic() + SETTLE_S
+        while not self.was_killed:
+            self.left_processes = _names_of_session(self.process.pid)
+            if not self.left_processes:
+                self.gone_s = time.monotonic() - start
+                break
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
 
     def facts(self) -> dict:
         """What the machine's JSON file says of it."""
         text = self.log.read_text(errors="replace")
-        asynchronous = re.search(r"Asynchronous scheduling is (enabled|disabled)", text)
+        size = re.search(r"KV cache size: ([\d,]+) tokens", text)
         return {
             "command": shlex.join(without_paths(self.command)),
-            "async_scheduling": asynchronous and asynchronous[1],
+            "kv_tokens": int(size[1].replace(",", "")) if size else None,
             "start_s": round(self.start_s, 1),
-            "stop_s": None if self.stop_s is None else round(self.stop_s, 1),
+            "stop_s": self.stop_s and round(self.stop_s, 1),
+            "gone_s": self.gone_s and round(self.gone_s, 1),
             "was_killed": self.was_killed,
             "left_processes": self.left_processes,
         }
@@ -154,20 +163,21 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
-def _left_of_session(session: int) -> list[str]:
-    """Names of a session's processes that do not end within ``SETTLE_S``."""
-    deadline = time.monotonic() + SETTLE_S
-    while True:
-        names = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                is_alive = process.status() != psutil.STATUS_ZOMBIE
-                if os.getsid(process.pid) == session and is_alive:
-                    names.append(process.name())
-        if not names or time.monotonic() > deadline:
-            return names
-        time.sleep(0.2)
+def _names_of_session(session: int) -> list[str]:
+    """Of its processes that have not ended."""
+    names = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            is_alive = process.status() != psutil.STATUS_ZOMBIE
+            if is_alive and os.getsid(process.pid) == session:
+                names.append(process.name())
+    return names
 
 
-def _tail(log: Path, num_lines: int = 60) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
+def _tail(log: Path, num_lines: int = 40) -> str:
+    """The end, and the errors before it: the engine's come before the server's."""
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [
+        line for line in lines[:-num_lines] if re.search(r"\w(Error|Exception): ", line)
+    ]
+    return "\n".join(errors + lines[-num_lines:])
