@@ -121,8 +121,9 @@ def running_server(
     command = ["serve", model, "--load-format", "dummy", "--skip-tokenizer-init"]
     command += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
     command += [*_FLAGS[here], *flags]
-    # By the module, since the script may be in another folder than the packages.
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    # The module, since the script may be in another folder than the packages. -P: not
+    # from the folder that this runs in, as the script.
+    vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
     start = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
