@@ -123,7 +123,7 @@ def run_sides(
             elif "left_out" not in line:
                 rows.append({"side": side} | line)
                 write_results(name, args, rows, facts, common)
-        _wait_for_memory()
+        wait_for_memory()
     return rows, facts
 
 
@@ -162,7 +162,7 @@ def _follow(command: list[str], log: Path, timeout: float) -> Iterator[dict]:
         print(f"the engine's process ended with {child.returncode}:\n{tail}")
 
 
-def _wait_for_memory(seconds: float = 60, settled: float = 10) -> None:
+def wait_for_memory(seconds: float = 60, settled: float = 10) -> None:
     """Waits until the last engine's GPU memory is free.
 
     Where other programs use the GPU: until for ``settled`` seconds no more gets free.

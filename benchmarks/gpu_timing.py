@@ -35,6 +35,7 @@ def take_turns(
     replays: int,
     warmup: int = 3,
     device: str = "cuda",
+    prepare: Mapping[str, Callable[[], None]] | None = None,
 ) -> dict[str, Timing]:
     """Times each call in a CUDA graph of ``num_calls`` of them, the graphs in turns.
 
@@ -48,11 +49,15 @@ def take_turns(
         replays: Replays of each graph that count.
         warmup: Replays before those.
         device: "cuda"; "cpu" calls without graphs, to try a benchmark out.
+        prepare: By a call's name, what is to be done before each replay of its graph,
+            outside of the timed region.
     """
+    prepare = prepare or {}
     times: dict[str, list[float]] = {name: [] for name in calls}
     if device == "cpu":
         for _ in range(replays):
             for name, call in calls.items():
+                prepare.get(name, _nothing)()
                 start = time.perf_counter_ns()
                 for i in range(num_calls):
                     call(i % num_layers)
@@ -64,6 +69,7 @@ def take_turns(
         flush = torch.zeros(2**27, device=device)  # 512 MiB
         for turn in range(-warmup, replays):
             for name, graph in graphs.items():
+                prepare.get(name, _nothing)()
                 time_us = _replay(graph, flush) / num_calls
                 if turn >= 0:
                     times[name].append(time_us)
@@ -71,6 +77,10 @@ def take_turns(
         name: Timing(*(float(np.quantile(values, q)) for q in (0.5, 0.1, 0.9)))
         for name, values in times.items()
     }
+
+
+def _nothing() -> None:
+    pass
 
 
 def _capture(call: Call, num_layers: int, num_calls: int) -> torch.cuda.CUDAGraph:
@@ -108,22 +118,40 @@ def measure_bandwidth(num_bytes: int = 2**31, repeats: int = 15) -> dict[str, fl
     """
     source = torch.randn(num_bytes // 4, device="cuda")
     target = torch.empty_like(source)
-
-    def seconds(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(3 + repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return median(times[3:])
-
+    copy_s = _median_seconds(lambda: target.copy_(source), repeats)
     return {
-        "copy": 2 * num_bytes / seconds(lambda: target.copy_(source)),
-        "read": num_bytes / seconds(source.sum),
+        "copy": 2 * num_bytes / copy_s,
+        "read": num_bytes / _median_seconds(source.sum, repeats),
     }
+
+
+def host_copy_bandwidth(source: torch.Tensor, device: str, repeats: int = 15) -> float:
+    """Bytes a second of ``cudaMemcpyAsync`` to the GPU.
+
+    Args:
+        source: Pinned memory, all of which is copied.
+        device: "cuda"; "cpu" copies within the CPU's memory, to try a benchmark out.
+        repeats: Copies, of which the median counts.
+    """
+    target = torch.empty_like(source, device=device)
+    if device == "cpu":
+        start = time.perf_counter()
+        target.copy_(source)
+        return source.nbytes / (time.perf_counter() - start)
+    seconds = _median_seconds(lambda: target.copy_(source, non_blocking=True), repeats)
+    return source.nbytes / seconds
+
+
+def _median_seconds(run: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(3 + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times[3:])
 
 
 def gpu_machine() -> dict:

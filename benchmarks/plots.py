@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+_RESULTS = Path(__file__).parent / "results"
 _COLORS = {"dense": "black", "cpu_attn": "tab:gray"}
 _OP_COLORS = {
     "decode": "tab:blue",
@@ -18,6 +19,12 @@ _OP_COLORS = {
     "flash_attn": "black",
     "flashinfer": "tab:green",
     "xformers": "tab:gray",
+}
+
+_BACKEND_COLORS = {
+    "dense": "black",
+    "dense+offload": "tab:gray",
+    "clusterkv": "tab:blue",
 }
 
 
@@ -153,6 +160,110 @@ def plot_prefill(results: Path, out: Path) -> None:
     _save(figure, out)
 
 
+def plot_throughput(results: Path, out: Path) -> None:
+    """Tokens a second and requests that decode at once, against the concurrency.
+
+    Args:
+        results: CSV file of bench_throughput.py.
+        out: PNG file.
+    """
+    with results.open() as file:
+        rows = list(csv.DictReader(file))
+    columns = {
+        "output_tok_s": "output tokens a second, whole run",
+        "decode_tok_s": "output tokens a second, decode alone",
+        "max_decoding": "requests decoding at once, at most",
+    }
+    figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4.5))
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            points = {
+                int(row["concurrency"]): float(row[column])
+                for row in rows
+                if row["backend"] == backend and row[column]
+            }
+            numbers = sorted(points)
+            axis.plot(
+                numbers,
+                [points[n] for n in numbers],
+                "o-",
+                label=backend,
+                color=_BACKEND_COLORS[backend],
+            )
+        axis.set(title=title, xlabel="requests sent at once")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    first = rows[0]
+    figure.suptitle(
+        f"{first['model']} in vllm serve, prompts of {first['prompt_len']} tokens, "
+        f"{first['gpu']}"
+    )
+    _save(figure, out)
+
+
+def plot_recall(results: Path, out: Path) -> None:
+    """Recall's speed, what it adds to a layer's decode, and hit rates of a hot cache.
+
+    Args:
+        results: CSV file of bench_recall.py. The hit rates are those of hit_rate.csv
+            in ``results/``, which has them by models' own keys.
+        out: PNG file.
+    """
+    with results.open() as file:
+        rows = list(csv.DictReader(file))
+    figure, (speed, exposed, hits) = plt.subplots(1, 3, figsize=(16.5, 4.5))
+    recall = {int(r["rows"]): float(r["gb_s"]) for r in rows if r["what"] == "recall"}
+    speed.plot(list(recall), list(recall.values()), "o-", label="recall, all missed")
+    copy = next(float(row["gb_s"]) for row in rows if row["what"] == "copy")
+    speed.axhline(copy, color="black", label="cudaMemcpyAsync")
+    speed.set(title="from host memory", ylabel="GB/s")
+    names = {"no_slot": "nothing on the host", "bypass": "no hot blocks"}
+    series: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["exposed_us"]:
+            name = names.get(row["what"]) or f"{float(row['miss_share']):.0%} missed"
+            series.setdefault(name, {})[int(row["rows"])] = float(row["exposed_us"])
+    for name, points in series.items():
+        exposed.plot(list(points), list(points.values()), "o-", label=name)
+    exposed.set_yscale("symlog")
+    exposed.set(title="added to a layer's decode", ylabel="microseconds")
+    for axis in (speed, exposed):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(recall), [str(n) for n in recall])
+        axis.set_xlabel("rows")
+    speed.set_ylim(bottom=0)
+    budget = next(row["token_budget"] for row in rows if row["token_budget"])
+    _plot_hit_rates(hits, _RESULTS / "hit_rate.csv", budget)
+    for axis in (speed, exposed, hits):
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    first = rows[-1]
+    figure.suptitle(
+        f"Recall, {first['model']}, {first['context_len']} tokens, budget {budget}, "
+        f"{first['gpu']}"
+    )
+    _save(figure, out)
+
+
+def _plot_hit_rates(axis, results: Path, token_budget: str) -> None:
+    """Of lines of 8 rows, the mean of the layers, for each model and context."""
+    series: dict[str, dict[int, float]] = {}
+    with results.open() as file:
+        for row in csv.DictReader(file):
+            is_shown = (row["layer"], row["line_rows"]) == ("mean", "8")
+            if is_shown and row["token_budget"] == token_budget:
+                name = f"{row['model']}, {int(row['context_len']) // 1024}k"
+                points = series.setdefault(name, {})
+                points[int(row["hot_cache_tokens"])] = float(row["hit_rate"])
+    for name, points in series.items():
+        sizes = sorted(points)
+        axis.plot(sizes, [points[n] for n in sizes], "o-", label=name)
+    title = f"hit rate at budget {token_budget} (hit_rate.csv)"
+    axis.set(title=title, xlabel="hot cache (tokens)", ylim=(0, 1))
+
+
 def _plot_points(axis, points: dict[int, float], name: str, color: str) -> None:
     """A line over the context, both logarithmic."""
     contexts = sorted(points)
@@ -177,12 +288,14 @@ def _save(figure, out: Path) -> None:
 
 def main() -> None:
     """Draws every result in a folder anew; the folder is the argument, if any."""
-    folder = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "results"
+    folder = Path(sys.argv[1]) if sys.argv[1:] else _RESULTS
     plots = {
         "decode_cpu": plot_decode,
         "ops": plot_ops,
         "decode": plot_engine_decode,
         "prefill": plot_prefill,
+        "throughput": plot_throughput,
+        "recall": plot_recall,
     }
     for name, plot in plots.items():
         if (folder / f"{name}.csv").exists():

@@ -122,7 +122,12 @@ def installed_version(*names: str) -> str | None:
 
 def command_line() -> list[str]:
     """The process's arguments; of a path on this machine, the name alone."""
-    return [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return without_paths(sys.argv[1:])
+
+
+def without_paths(words: Sequence[str]) -> list[str]:
+    """Of each that is a path from the root, the name alone."""
+    return [Path(word).name if word.startswith("/") else word for word in words]
 
 
 def commit() -> str | None:

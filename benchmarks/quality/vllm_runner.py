@@ -153,9 +153,9 @@ class VllmRunner:
             self._call(engine_child.stop_engine)
         self._pool.shutdown()
         if "CPU" not in self.facts["backend"]:
-            from engine import _wait_for_memory
+            from engine import wait_for_memory
 
-            _wait_for_memory()
+            wait_for_memory()
 
     def _generate(self, *args, **kwargs) -> Generated:
         generated = self._call(engine_child.generate, *args, **kwargs)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
+"""What benchmarks compute from what they see; a dry run of the one of recall."""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import server_metrics
+from benchmarks.server_metrics import DecodeRate, Sample, decode_rate, parse
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The module, which finds its neighbours as a script's does."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("streams")
+
+
+def samples(*columns):
+    """Of seconds, running, first tokens, finished, generated; preempted, if any."""
+    names = [
+        server_metrics.RUNNING,
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:request_success_total",
+        "vllm:generation_tokens_total",
+        server_metrics.PREEMPTIONS,
+    ]
+    return [
+        Sample(time_s, dict(zip(names, values, strict=False)))
+        for time_s, *values in columns
+    ]
+
+
+def test_metrics_are_added_up_over_labels():
+    text = """# HELP vllm:request_success_total Requests.
+vllm:request_success_total{engine="0",finished_reason="stop"} 2.0
+vllm:request_success_total{engine="0",finished_reason="a b"} 1e1
+vllm:num_requests_running{engine="0"} 3.0
+python_info{version="3"} 1.0
+"""
+    assert parse(text) == {
+        "vllm:request_success_total": 12,
+        "vllm:num_requests_running": 3,
+    }
+
+
+def test_decode_counts_where_nothing_else_ran():
+    # Two that decode, then a third whose prompt is computed, then three, then two.
+    seen = samples(
+        (0.0, 0, 7, 7, 50),
+        (1.0, 2, 9, 7, 60),
+        (2.0, 2, 9, 7, 80),
+        (3.0, 3, 9, 7, 82),
+        (4.0, 3, 10, 7, 90),
+        (5.5, 3, 10, 7, 150),
+        (6.0, 2, 10, 8, 160),
+        (7.0, 2, 10, 8, 180),
+    )
+    assert decode_rate(seen) == DecodeRate(3, 1.5, 40)
+    assert decode_rate(seen, min_seconds=1.6) == DecodeRate(2, 2, 20)
+    assert decode_rate(seen, min_seconds=3) is None
+
+
+def test_preempted_requests_do_not_decode():
+    seen = samples(
+        (0.0, 0, 0, 0, 0, 0),
+        (1.0, 2, 2, 0, 10, 0),
+        (2.0, 2, 2, 0, 20, 1),  # one went and came back
+        (3.0, 1, 2, 0, 30, 2),  # one is away
+        (4.0, 1, 2, 0, 40, 2),
+    )
+    assert decode_rate(seen) is None
+
+
+def test_most_that_decode_at_once(streams):
+    spans = [(0, 4), (1, 2), (2, 5), (3, 6)]
+    crowd = [streams.Stream(0, [(first, 1), (last, 9)]) for first, last in spans]
+    assert streams.max_decoding(crowd) == 3
+    assert crowd[0].tpot_s == 0.5 and crowd[1].ttft_s == 1
+
+
+def test_recall_runs_dry_on_a_cpu(tmp_path):
+    words = "--rows 1 2 --context-len 2048 --max-model-len 2048 --token-budget 128"
+    words += " --miss-shares 0 0.25 1 --replays 2 --max-layers 2 --device cpu"
+    words += f" --host-gib 0.1 --copy-gib 0.01 --out {tmp_path}"
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks/bench_recall.py", *words.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    with (tmp_path / "recall.csv").open() as file:
+        copy, *rows = csv.DictReader(file)
+    assert copy["what"] == "copy" and float(copy["gb_s"]) > 0
+    each = ["recall", "resident", "no_slot", "bypass", *["recalled"] * 3]
+    assert [row["what"] for row in rows] == each * 2
+    for row in rows:
+        assert float(row["time_us"]) > 0
+        if row["miss_share"]:
+            missed = float(row["miss_share"]) * int(row["lines"])
+            line_bytes = 8 * 2 * 128 * 2
+            assert int(row["bytes"]) == pytest.approx(missed * line_bytes, rel=0.01)
+    shares = [float(row["miss_share"]) for row in rows if row["what"] == "recalled"]
+    assert shares == pytest.approx([0, 0.25, 1] * 2, abs=0.05)
+    assert (tmp_path / "recall.machine.json").exists()
