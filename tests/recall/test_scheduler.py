@@ -418,6 +418,20 @@ def test_a_waiting_request_s_hits_on_free_blocks_are_no_gain(tmp_path):
     assert engine.orders.transfers
 
 
+@pytest.mark.parametrize("num_tokens, leave", [(17, True), (21, False)])
+def test_no_page_leaves_for_a_request_that_waits_anyhow(tmp_path, num_tokens, leave):
+    # 11 blocks: a takes 7, of which 5 pages may leave for 2 index blocks. b needs 5 or
+    # 6, and 2 reserved.
+    engine = make_engine(tmp_path, num_blocks=12)
+    engine.add("a", prompt(25), max_tokens=3)
+    engine.step()
+    engine.add("b", prompt(num_tokens, first=200), max_tokens=1)
+    engine.step()
+    assert [row.request_id for row in engine.rows] == ["a"]
+    assert bool(engine.orders.transfers) == leave
+    engine.drain()
+
+
 def test_a_hint_is_for_one_step(tmp_path):
     engine = make_engine(tmp_path, num_blocks=12, delay=lambda: HELD)
     engine.add("a", prompt(25), max_tokens=12)

@@ -289,7 +289,7 @@ class RecallScheduler:
         transfers: list[Transfer] = []
         # A step without tokens does not index the pages that the last one filled.
         if scheduler_output.total_num_scheduled_tokens > 0:
-            num_short = self._num_blocks_short(waiting)
+            num_short = self._num_blocks_short(waiting, scheduler_output)
             if num_short > 0:
                 self._spill(scheduler_output, num_short, transfers)
         if not (transfers or self._commands or self._reused_blocks):
@@ -367,14 +367,33 @@ class RecallScheduler:
         self._commands.append(SetTail(spilled.slot, blocks[tail].block_id))
         spilled.tail_end = (tail + 1) * self._block_size
 
-    def _num_blocks_short(self, waiting: tuple[Request, int] | None) -> int:
+    def _num_blocks_short(
+        self, waiting: tuple[Request, int] | None, output: SchedulerOutput
+    ) -> int:
         """Blocks to be freed beyond what is free or about to be."""
-        num_wanted = 0 if waiting is None else self._num_blocks_wanted(*waiting)
-        return (
-            max(num_wanted + self._reserved_blocks, self._watermark_blocks)
-            - self._pool.get_num_free_blocks()
-            - self.num_pending_frees
-        )
+        num_at_hand = self._pool.get_num_free_blocks() + self.num_pending_frees
+        num_kept = max(self._reserved_blocks, self._watermark_blocks)
+        num_short = num_kept - num_at_hand
+        if waiting is not None:
+            num_wanted = self._num_blocks_wanted(*waiting) + self._reserved_blocks
+            # Not for a request that waits for others to end in any case.
+            if num_short < num_wanted - num_at_hand <= self._most_to_free(output):
+                num_short = num_wanted - num_at_hand
+        return num_short
+
+    def _most_to_free(self, output: SchedulerOutput) -> int:
+        """Blocks that transfers could free, in this step and later ones, at most."""
+        most = 0
+        for request in self._victims(output):
+            spilled = self._spilled.get(request.request_id)
+            num_pages = request.num_computed_tokens // self._block_size - 1
+            num_entries, num_taken = 0, self._num_hot_blocks
+            if spilled is not None:
+                num_pages -= len(spilled.pages)
+                num_entries, num_taken = len(spilled.free_entries), 0
+            num_taken += cdiv(max(num_pages - num_entries, 0), self._entries_per_block)
+            most += max(num_pages - num_taken, 0)
+        return min(most, len(self._free_host_pages))
 
     def _num_blocks_wanted(self, request: Request, num_local_tokens: int) -> int:
         """Blocks that admitting the request would take from the free ones."""
