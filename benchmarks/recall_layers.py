@@ -10,6 +10,7 @@ from gpu_layers import Case, Layers
 from vllm_clusterkv import backend, ops
 from vllm_clusterkv.page_layout import (
     BLOCK_SIZE,
+    COUNTERS,
     INDEX_UNIT,
     LINE_ROWS,
     LINES_PER_PAGE,
@@ -106,7 +107,11 @@ class SpilledLayers:
             new(len(layers), batch, heads, positions),
             new(len(layers), batch, heads, positions),
         )
-        self._counters = new(3, fill=0, dtype=torch.int64)
+        # Not read: no row has the length at which one is looked at for its mass.
+        self._scores = torch.zeros(
+            batch, case.shape.num_heads, blocks.shape[1] * case.config.num_clusters
+        ).to(device)
+        self._counters = new(len(COUNTERS), fill=0, dtype=torch.int64)
         self.pages = [self._pages(i, self._hot_blocks) for i in range(len(layers))]
         # Without hot blocks, nothing is recalled.
         no_blocks = new(batch, 0)
@@ -146,6 +151,7 @@ class SpilledLayers:
         assert rows.index_table is not None and rows.row_slots is not None
         ops.recall(
             selected,
+            self._scores,
             *layers.index(layer_idx),
             rows.block_table,
             rows.seq_lens,
@@ -170,7 +176,7 @@ class SpilledLayers:
         """Lines that ``recall`` finds, recalls and leaves in the first layer."""
         self._counters.zero_()
         self.recall(0, selected)
-        found, recalled, left = self._counters.tolist()
+        found, recalled, left = self._counters[:3].tolist()
         return found, recalled, left
 
     def empty_state(self) -> HotState:

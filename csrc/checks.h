@@ -424,17 +424,18 @@ inline SparseDecodeParams check_sparse_decode(
   return params;
 }
 
-inline RecallParams check_recall(const Tensor& selected, const Tensor& kv_cache,
-                                 const Tensor& centroids, const Tensor& spreads,
-                                 const Tensor& cluster_ends, const Tensor& block_table,
-                                 const Tensor& seq_lens, const Tensor& min_sparse_lens,
-                                 int64_t num_sink_tokens, const Tensor& index_table,
-                                 const Tensor& host_cache, const Tensor& row_slots,
-                                 const Tensor& hot_blocks, const Tensor& line_table,
-                                 const Tensor& hot_lines, const Tensor& hot_order,
-                                 const Tensor& counters) {
+inline RecallParams check_recall(const Tensor& selected, const Tensor& scores,
+                                 const Tensor& kv_cache, const Tensor& centroids,
+                                 const Tensor& spreads, const Tensor& cluster_ends,
+                                 const Tensor& block_table, const Tensor& seq_lens,
+                                 const Tensor& min_sparse_lens, int64_t num_sink_tokens,
+                                 const Tensor& index_table, const Tensor& host_cache,
+                                 const Tensor& row_slots, const Tensor& hot_blocks,
+                                 const Tensor& line_table, const Tensor& hot_lines,
+                                 const Tensor& hot_order, const Tensor& counters) {
   RecallParams params{};
   check_devices(kv_cache, {{"selected", selected},
+                           {"scores", scores},
                            {"centroids", centroids},
                            {"spreads", spreads},
                            {"cluster_ends", cluster_ends},
@@ -448,10 +449,13 @@ inline RecallParams check_recall(const Tensor& selected, const Tensor& kv_cache,
                            {"counters", counters}});
   params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
   const int64_t num_kv_heads = params.pages.num_kv_heads;
-  params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, num_kv_heads);
+  check_dim(scores, "scores", 3);
+  params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, scores.size(1));
   check_index_table(kv_cache, index_table, params.pages, params.rows);
   check_host_cache(kv_cache, host_cache, params.pages);
   check_line_table(kv_cache, line_table, params.pages);
+  check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
+                    params.pages.num_clusters);
   check_per_cluster(selected, "selected", ScalarType::Byte, params.rows, num_kv_heads,
                     params.pages.num_clusters);
   check_num_sink_tokens(params.pages, num_sink_tokens);
@@ -478,9 +482,11 @@ inline RecallParams check_recall(const Tensor& selected, const Tensor& kv_cache,
   }
   check_dim(counters, "counters", 1);
   check_dtype(counters, "counters", ScalarType::Long);
-  check_size(counters, "counters", 0, 3, "lines found, recalled and left");
+  check_size(counters, "counters", 0, kNumCounters, "what recall counts");
   check_contiguous(counters, "counters");
+  check_size(scores, "scores", 2, selected.size(2), "selected's clusters");
   params.selected = static_cast<const uint8_t*>(selected.data_ptr());
+  params.scores = static_cast<const float*>(scores.data_ptr());
   params.max_clusters = selected.size(2);
   params.num_sink_tokens = num_sink_tokens;
   params.row_slots = static_cast<const int32_t*>(row_slots.data_ptr());

@@ -104,6 +104,7 @@ struct RecallParams {
   SemanticPages pages;  // kv_cache's hot blocks and line_table rewritten
   DecodeRows rows;
   const uint8_t* selected;  // [num_reqs, num_kv_heads, max_clusters]; contiguous
+  const float* scores;      // [num_reqs, num_heads, max_clusters]; contiguous
   int64_t max_clusters;
   int64_t num_sink_tokens;
   const int32_t* row_slots;   // [num_reqs]; -1 for none
@@ -112,7 +113,7 @@ struct RecallParams {
                               // page + line, -1 for none
   int32_t* hot_order;         // [num_slots, num_kv_heads, P]; contiguous; least recently used first
   int64_t num_positions;      // P
-  int64_t* counters;          // [3]; lines found, recalled, and left on the host
+  int64_t* counters;          // [kNumCounters]
 };
 
 struct SparseDecodeParams {
@@ -141,6 +142,15 @@ constexpr float kSpreadMost = 4.0f;
 
 // Rows that are recalled together.
 constexpr int64_t kLineRows = 8;
+
+// What recall counts: lines found, recalled, and left on the host; rows and KV heads it
+// recalled for, and the nanoseconds that took, summed; of those that were looked at for it, the
+// weight of the selected clusters among all (in 1 / kMassUnit), and how many they were.
+enum Counter { kFound, kRecalled, kLeft, kCalls, kNanoseconds, kMass, kMassSamples, kNumCounters };
+constexpr double kMassUnit = 1 << 20;
+
+// A row is looked at when it has one token more than a multiple of so many.
+constexpr int64_t kMassEvery = 64;
 
 // Bytes that an entry of an index_table counts.
 constexpr int64_t kIndexUnit = 512;

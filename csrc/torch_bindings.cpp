@@ -31,8 +31,9 @@ STABLE_TORCH_LIBRARY(clusterkv, m) {
       "Tensor(a!) workspace, Tensor(b!) output, Tensor? index_table=None, "
       "Tensor? host_cache=None, Tensor? line_table=None) -> ()");
   m.def(
-      "recall(Tensor selected, Tensor(a!) kv_cache, Tensor centroids, Tensor spreads, "
-      "Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, "
+      "recall(Tensor selected, Tensor scores, Tensor(a!) kv_cache, Tensor centroids, "
+      "Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor "
+      "min_sparse_lens, "
       "int num_sink_tokens, Tensor index_table, Tensor host_cache, Tensor row_slots, "
       "Tensor hot_blocks, Tensor(b!) line_table, Tensor(c!) hot_lines, Tensor(d!) hot_order, "
       "Tensor(e!) counters) -> ()");

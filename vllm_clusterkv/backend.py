@@ -326,6 +326,7 @@ def _decode_rows(
             assert metadata.index_table is not None and metadata.row_slots is not None
             ops.recall(
                 selected,
+                scores,
                 *index,
                 *rows,
                 config.num_sink_tokens,

@@ -323,6 +323,7 @@ def sparse_decode(
 
 def recall(
     selected: torch.Tensor,
+    scores: torch.Tensor,
     kv_cache: torch.Tensor,
     centroids: torch.Tensor,
     spreads: torch.Tensor,
@@ -350,6 +351,7 @@ def recall(
 
     Args:
         selected: As ``select_clusters``.
+        scores: As ``select_clusters``; only counted by.
         kv_cache: The hot blocks' rows are written.
         num_sink_tokens: Unclustered rows at the start of a request's first page.
         row_slots: [num_reqs] int32, contiguous; -1 for a row without a slot.
@@ -362,14 +364,18 @@ def recall(
             everywhere for a slot that is new.
         hot_order: [num_slots, num_kv_heads, P] int32, contiguous. Kept: positions,
             those used last at the end. Any order for a slot that is new.
-        counters: [3] int64, contiguous. Added to: lines found, recalled, and left on
-            the host.
+        counters: [len(COUNTERS)] int64, contiguous. Added to: lines found, recalled,
+            and left on the host; rows and KV heads that have a slot, and the sum of
+            the nanoseconds that each took; of those whose row has a multiple of
+            ``MASS_EVERY`` tokens and one, the clusters' weight that is selected,
+            in units of ``MASS_UNIT``, and their number.
 
     Source: ClusterKV (arXiv 2412.03213), the cache of recalled clusters; lines instead
     of clusters, and least recently used instead of the last steps', are this work.
     """
     torch.ops.clusterkv.recall.default(
         selected,
+        scores,
         kv_cache,
         centroids,
         spreads,

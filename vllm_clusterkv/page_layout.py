@@ -31,6 +31,23 @@ LINE_ROWS = 8
 """Rows that are recalled from the host together, and their number in a page."""
 LINES_PER_PAGE = BLOCK_SIZE // LINE_ROWS
 
+COUNTERS = (
+    "found",
+    "recalled",
+    "left",
+    "calls",
+    "nanoseconds",
+    "mass",
+    "mass_samples",
+)
+"""What ``recall`` counts, in its order."""
+
+MASS_EVERY = 64
+"""Tokens: a row with a multiple of so many and one is looked at for its mass."""
+
+MASS_UNIT = 2**-20
+"""In which ``recall`` counts mass."""
+
 INDEX_UNIT = 512
 """Bytes that an entry of an ``index_table`` counts; pages are multiples of it."""
 

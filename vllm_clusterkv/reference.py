@@ -11,6 +11,8 @@ from vllm_clusterkv.page_layout import (
     INDEX_UNIT,
     LINE_ROWS,
     LINES_PER_PAGE,
+    MASS_EVERY,
+    MASS_UNIT,
     TILE_CLUSTERS,
     num_tiles,
 )
@@ -356,6 +358,7 @@ def _line(kv_cache, line, head) -> torch.Tensor:
 
 def recall(
     selected,
+    scores,
     kv_cache,
     centroids,
     spreads,
@@ -415,8 +418,22 @@ def recall(
                 _line(kv_cache, where, head)[:] = host_cache[host_page, head, rows]
             order = others[len(replaced) :] + used + replaced
             hot_order[slot, head] = torch.tensor(order, dtype=torch.int32)
-            counts = [len(used), len(replaced), len(missing) - len(replaced)]
+            num_left = len(missing) - len(replaced)
+            counts = [len(used), len(replaced), num_left, 1, 0, 0, 0]
+            if seq_lens[req] % MASS_EVERY == 1 and num_pages:
+                group = scores.shape[1] // num_kv_heads
+                of_heads = scores[req, head * group : (head + 1) * group].float()
+                mass = _selected_mass(of_heads, chosen, ends[:, head], num_sink_tokens)
+                counts[-2:] = [round(mass / MASS_UNIT), 1]
             counters += torch.tensor(counts, device=counters.device)
+
+
+def _selected_mass(scores, selected, ends, num_sink_tokens) -> float:
+    """Share of the clusters' weight that selected ones have, mean over query heads."""
+    counts = cluster_sizes(ends, num_sink_tokens)
+    scores = scores[:, : len(counts)].masked_fill(counts == 0, float("-inf"))
+    weights = torch.softmax(scores + counts.log(), -1)
+    return float((weights * selected.flatten()[: len(counts)]).sum(-1).mean())
 
 
 def _selected_lines(ends, selected, num_sinks) -> set[int]:

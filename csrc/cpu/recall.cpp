@@ -6,7 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
+#include <chrono>
+#include <cmath>
 #include <vector>
 
 #include "../checks.h"
@@ -43,11 +44,41 @@ void mark_lines(const RecallParams& p, int64_t req, int64_t head, int64_t num_pa
   }
 }
 
+// The weight of the selected clusters among all, of the query heads together.
+double selected_mass(const RecallParams& p, int64_t req, int64_t head, int64_t num_pages) {
+  const SemanticPages& pages = p.pages;
+  const int64_t group = p.rows.num_heads / pages.num_kv_heads;
+  const uint8_t* selected = p.selected + (req * pages.num_kv_heads + head) * p.max_clusters;
+  double mass = 0;
+  for (int64_t h = 0; h < group; ++h) {
+    const float* scores = p.scores + (req * p.rows.num_heads + head * group + h) * p.max_clusters;
+    double max = -INFINITY, all = 0, taken = 0;
+    for (int64_t page = 0; page < num_pages; ++page) {
+      const int16_t* ends = ends_of_page(pages, p.rows, req, head, page);
+      int64_t start = page == 0 ? p.num_sink_tokens : 0;
+      for (int64_t c = 0; c < pages.num_clusters; ++c) {
+        const int64_t count = ends[c] - start, i = page * pages.num_clusters + c;
+        start = ends[c];
+        if (count <= 0) continue;
+        const double higher = std::max<double>(max, scores[i]);
+        const double scale = std::exp(max - higher);
+        const double weight = count * std::exp(scores[i] - higher);
+        all = all * scale + weight;
+        taken = taken * scale + (selected[i] ? weight : 0);
+        max = higher;
+      }
+    }
+    mass += taken / all / group;
+  }
+  return mass;
+}
+
 template <typename T>
 void recall_of_row(const RecallParams& p, int64_t req, int64_t head, Scratch& s) {
   const SemanticPages& pages = p.pages;
   const int64_t seq_len = p.rows.seq_lens[req], slot = p.row_slots[req];
   if (slot < 0 || is_dense(seq_len, p.rows.min_sparse_lens[req])) return;
+  const auto started = std::chrono::steady_clock::now();
   const int64_t num_pages = num_indexed_pages(seq_len, pages.block_size);
   const int64_t lines_a_page = pages.block_size / kLineRows, num = p.num_positions;
   const int32_t* blocks = p.rows.block_table + req * p.rows.block_table_stride;
@@ -102,8 +133,14 @@ void recall_of_row(const RecallParams& p, int64_t req, int64_t head, Scratch& s)
   int32_t* out = std::copy(s.order.begin() + victims, s.order.end(), order);
   out = std::copy(s.used.begin(), s.used.end(), out);
   std::copy(s.order.begin(), s.order.begin() + victims, out);
-  const int64_t counts[3] = {static_cast<int64_t>(s.used.size()), victims, left};
-  for (int i = 0; i < 3; ++i) {
+  int64_t counts[kNumCounters] = {static_cast<int64_t>(s.used.size()), victims, left, 1};
+  counts[kNanoseconds] =
+      std::chrono::nanoseconds(std::chrono::steady_clock::now() - started).count();
+  if (seq_len % kMassEvery == 1 && num_pages > 0) {
+    counts[kMass] = std::llround(kMassUnit * selected_mass(p, req, head, num_pages));
+    counts[kMassSamples] = 1;
+  }
+  for (int i = 0; i < kNumCounters; ++i) {
     __atomic_fetch_add(&p.counters[i], counts[i], __ATOMIC_RELAXED);
   }
 }
@@ -120,14 +157,15 @@ void recall_kernel(const RecallParams& p) {
       });
 }
 
-void recall(Tensor selected, Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor cluster_ends,
-            Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, int64_t num_sink_tokens,
-            Tensor index_table, Tensor host_cache, Tensor row_slots, Tensor hot_blocks,
-            Tensor line_table, Tensor hot_lines, Tensor hot_order, Tensor counters) {
+void recall(Tensor selected, Tensor scores, Tensor kv_cache, Tensor centroids, Tensor spreads,
+            Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
+            int64_t num_sink_tokens, Tensor index_table, Tensor host_cache, Tensor row_slots,
+            Tensor hot_blocks, Tensor line_table, Tensor hot_lines, Tensor hot_order,
+            Tensor counters) {
   const RecallParams params =
-      check_recall(selected, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
-                   min_sparse_lens, num_sink_tokens, index_table, host_cache, row_slots, hot_blocks,
-                   line_table, hot_lines, hot_order, counters);
+      check_recall(selected, scores, kv_cache, centroids, spreads, cluster_ends, block_table,
+                   seq_lens, min_sparse_lens, num_sink_tokens, index_table, host_cache, row_slots,
+                   hot_blocks, line_table, hot_lines, hot_order, counters);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "recall", recall_kernel<scalar_t>(params));
 }
 

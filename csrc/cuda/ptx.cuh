@@ -171,6 +171,13 @@ __device__ __forceinline__ float fast_exp2(float value) {
   return result;
 }
 
+// Nanoseconds, the same clock on all multiprocessors.
+__device__ __forceinline__ uint64_t global_timer() {
+  uint64_t value;
+  asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(value)::"memory");
+  return value;
+}
+
 template <typename T>
 __device__ __forceinline__ T from_float(float value);
 

@@ -17,11 +17,28 @@
 namespace clusterkv::cuda {
 
 constexpr int kRecallThreads = 256;
+constexpr int kRecallWarps = kRecallThreads / 32;
 static_assert(kLinesAPage == 32, "a page's lines are the bits of a word");
+
+// Of some clusters: the highest score, and sums of tokens * exp(score - highest).
+struct Weights {
+  float max = -INFINITY, all = 0.0f, taken = 0.0f;
+
+  __device__ void add(float other_max, float other_all, float other_taken) {
+    const float higher = fmaxf(max, other_max);
+    if (higher == -INFINITY) return;
+    const float own = fast_exp2((max - higher) * kLog2e);
+    const float others = fast_exp2((other_max - higher) * kLog2e);
+    all = all * own + other_all * others;
+    taken = taken * own + other_taken * others;
+    max = higher;
+  }
+};
 
 // In dynamic shared memory, of a row with `max_blocks` pages and P positions.
 struct RecallShared {
   int* warp_totals;     // of block_exclusive_sum
+  Weights* weights;     // of each warp
   uint32_t* needed;     // [max_blocks] a bit a line; found ones are cleared
   int32_t* held;        // [P] line of each position, in the order of hot_order
   int32_t* missing;     // held's memory, after it: the lines to bring, in the row's order
@@ -30,14 +47,15 @@ struct RecallShared {
 
   __device__ RecallShared(unsigned char* smem, int max_blocks, int num_positions)
       : warp_totals(reinterpret_cast<int*>(smem)),
-        needed(reinterpret_cast<uint32_t*>(warp_totals + kRecallThreads / 32)),
+        weights(reinterpret_cast<Weights*>(warp_totals + kRecallWarps)),
+        needed(reinterpret_cast<uint32_t*>(weights + kRecallWarps)),
         held(reinterpret_cast<int32_t*>(needed + max_blocks)),
         missing(held),
         positions(reinterpret_cast<uint16_t*>(held + num_positions)),
         ranked(positions + num_positions) {}
 
   static size_t bytes(int64_t max_blocks, int64_t num_positions) {
-    return kRecallThreads / 32 * sizeof(int) + max_blocks * sizeof(uint32_t) +
+    return kRecallWarps * (sizeof(int) + sizeof(Weights)) + max_blocks * sizeof(uint32_t) +
            num_positions * (sizeof(int32_t) + 2 * sizeof(uint16_t));
   }
 };
@@ -109,6 +127,49 @@ __device__ __forceinline__ int list_missing(const RecallShared& s, int num_pages
   return num_missing;
 }
 
+// The weight of the selected clusters among all, of the query heads together; for thread 0.
+__device__ __forceinline__ float selected_mass(const RecallParams& p, const RecallShared& s,
+                                               int req, int head, int num_pages) {
+  const SemanticPages& pages = p.pages;
+  const int group = static_cast<int>(p.rows.num_heads / pages.num_kv_heads);
+  const int32_t* places = p.rows.index_table + req * p.rows.index_table_stride;
+  const uint8_t* selected = p.selected + (req * pages.num_kv_heads + head) * p.max_clusters;
+  const int16_t* cluster_ends = pages.cluster_ends + head * pages.ends_head_stride;
+  const int log_clusters = 31 - __clz(static_cast<int>(pages.num_clusters));
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float mass = 0.0f;
+  for (int h = 0; h < group; ++h) {
+    const float* scores = p.scores + (req * p.rows.num_heads + head * group + h) * p.max_clusters;
+    Weights own;
+    for (int i = threadIdx.x * 8; i < num_pages << log_clusters; i += kRecallThreads * 8) {
+      const int page = i >> log_clusters, c = i & ((1 << log_clusters) - 1);
+      const int16_t* of_page = cluster_ends + places[page] * pages.ends_block_stride;
+      int start = c > 0 ? of_page[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+      for (int k = 0; k < 8; ++k) {
+        const int count = of_page[c + k] - start;
+        start = of_page[c + k];
+        if (count > 0) own.add(scores[i + k], count, selected[i + k] ? count : 0.0f);
+      }
+    }
+    for (int d = 16; d > 0; d /= 2) {
+      const float max = __shfl_xor_sync(~0u, own.max, d);
+      const float all = __shfl_xor_sync(~0u, own.all, d);
+      const float taken = __shfl_xor_sync(~0u, own.taken, d);
+      own.add(max, all, taken);
+    }
+    if (lane == 0) s.weights[warp] = own;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int w = 1; w < kRecallWarps; ++w) {
+        own.add(s.weights[w].max, s.weights[w].all, s.weights[w].taken);
+      }
+      mass += own.taken / own.all / group;
+    }
+    __syncthreads();
+  }
+  return mass;
+}
+
 // Grid: [num_kv_heads, num_reqs].
 __global__ void __launch_bounds__(kRecallThreads) recall_kernel(const RecallParams p) {
   extern __shared__ __align__(16) unsigned char smem[];
@@ -144,6 +205,7 @@ __global__ void __launch_bounds__(kRecallThreads) recall_kernel(const RecallPara
   }
   __syncthreads();
   wait_for_previous_kernel();
+  const uint64_t started = global_timer();
   mark_lines(p, req, head, num_pages, blocks, s.needed);
   __syncthreads();
   const int num_used = rank_positions(s, num_positions);
@@ -158,13 +220,6 @@ __global__ void __launch_bounds__(kRecallThreads) recall_kernel(const RecallPara
     order[i] = s.ranked[k < num_unused      ? k
                         : k < num_positions ? num_positions - 1 - (k - num_unused)
                                             : k - num_positions];
-  }
-  if (threadIdx.x == 0) {
-    const int counts[3] = {num_used, num_victims, num_missing - num_victims};
-    for (int i = 0; i < 3; ++i) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(p.counters) + i,
-                static_cast<unsigned long long>(counts[i]));
-    }
   }
 
   // In units of 16 bytes.
@@ -205,6 +260,25 @@ __global__ void __launch_bounds__(kRecallThreads) recall_kernel(const RecallPara
         const int unit = first + k * 32 + lane;
         if (unit < num_units) target[unit / row_units * row_stride + unit % row_units] = units[k];
       }
+    }
+  }
+
+  const bool is_sample = seq_len % kMassEvery == 1 && num_pages > 0;
+  const float mass = is_sample ? selected_mass(p, s, req, head, num_pages) : 0.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const auto count = [&](Counter what, uint64_t number) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(p.counters) + what,
+                static_cast<unsigned long long>(number));
+    };
+    count(kFound, num_used);
+    count(kRecalled, num_victims);
+    count(kLeft, num_missing - num_victims);
+    count(kCalls, 1);
+    count(kNanoseconds, global_timer() - started);
+    if (is_sample) {
+      count(kMass, llrintf(static_cast<float>(kMassUnit) * mass));
+      count(kMassSamples, 1);
     }
   }
 }

@@ -54,7 +54,7 @@ def test_answers_are_those_of_resident_pages(
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         counts = scheduler.connector._decisions.counts()
         tier = tier_of(next(iter(attention_layers(llm))))
-        found, recalled, _ = tier.num_lines().tolist()
+        found, recalled, *_ = tier.counters().tolist()
         free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     assert_equal(answers, resident)
     assert counts.total_released >= 2

@@ -31,8 +31,9 @@ def test_pages_moved_and_nothing_is_left(outcome, mode):
 
 def test_lines_are_recalled(outcome):
     """All are wanted at each step, of which one hot block holds a part."""
-    found, recalled, left = outcome("host tier, graphs").num_lines
+    _, recalled, left, calls, nanoseconds, _, _ = outcome("host tier, graphs").num_lines
     assert recalled > 0 and left > 0
+    assert 1000 < nanoseconds / calls < 1e6
     assert not any(outcome("host tier, eager").num_lines)
 
 

@@ -20,7 +20,7 @@ from tests.support.bad_arguments import (
 from tests.support.compare import assert_same_bits
 from tests.support.inputs import DecodeInputs, Pages, make_decode_inputs
 from vllm_clusterkv import ops, reference
-from vllm_clusterkv.page_layout import LINES_PER_PAGE
+from vllm_clusterkv.page_layout import COUNTERS, LINES_PER_PAGE, MASS_UNIT
 
 CASES = [
     cases.DecodeCase((2600, 1025, 513, 0, 257), token_budget=300),
@@ -73,14 +73,15 @@ def make(case, num_hot_blocks: int, device: str) -> tuple[DecodeInputs, HotCache
         ),
         torch.full(shape, -1, dtype=torch.int32),
         order.int(),
-        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(len(COUNTERS), dtype=torch.int64),
     )
     return inputs.to(device), hot_cache.to(device)
 
 
-def recall_args(inputs, selected, hot_cache) -> dict:
+def recall_args(inputs, scores, selected, hot_cache) -> dict:
     return {
         "selected": selected,
+        "scores": scores,
         **inputs.pages.args(),
         "block_table": inputs.block_table,
         "seq_lens": inputs.seq_lens,
@@ -108,10 +109,16 @@ def test_steps_are_those_of_the_reference(case, num_hot_blocks, device):
     twin, expected = make(case, num_hot_blocks, "cpu")
     for seed in range(5):
         scores, selected = step(inputs, case, seed)
-        ops.recall(**recall_args(inputs, selected, actual))
-        reference.recall(**recall_args(twin, selected.cpu(), expected))
+        ops.recall(**recall_args(inputs, scores, selected, actual))
+        of_twin = scores.cpu(), selected.cpu()
+        reference.recall(**recall_args(twin, *of_twin, expected))
+        counts, counted = actual.counters.tolist(), expected.counters.tolist()
+        assert counts[:4] == counted[:4] and counts[4] > 0
+        assert counts[5] * MASS_UNIT == pytest.approx(counted[5] * MASS_UNIT, abs=1e-3)
+        assert counts[6] == counted[6]
         for name, tensor in vars(actual).items():
-            assert_same_bits(tensor, getattr(expected, name))
+            if name != "counters":
+                assert_same_bits(tensor, getattr(expected, name))
         assert_same_bits(inputs.pages.buffer, twin.pages.buffer)
         check_tables(twin, expected)
 
@@ -121,13 +128,14 @@ def test_steps_are_those_of_the_reference(case, num_hot_blocks, device):
         assert_same_bits(args["output"], plain)
 
         twin.query = inputs.query.cpu()
-        of_twin = scores.cpu(), selected.cpu()
         plain = twin.decode(reference, *of_twin)
         args = twin.decode_args(*of_twin)
         reference.sparse_decode(**args, line_table=expected.line_table)
         assert_same_bits(args["output"], plain)
-    found, recalled, left = actual.counters.tolist()
+    found, recalled, left, _, _, mass, num_samples = counts
     assert recalled > 0
+    if any(seq_len % 64 == 1 for seq_len in case.seq_lens):
+        assert num_samples > 0 and 0 < mass * MASS_UNIT / num_samples <= 1.001
     if num_hot_blocks == 12:
         assert left == 0 and found > 0
     if num_hot_blocks == 1 and case.token_budget > 2000:
@@ -165,7 +173,7 @@ def test_the_hot_blocks_are_what_is_read(device):
     case = CASES[0]
     inputs, hot_cache = make(case, 12, device)
     scores, selected = step(inputs, case, 0)
-    ops.recall(**recall_args(inputs, selected, hot_cache))
+    ops.recall(**recall_args(inputs, scores, selected, hot_cache))
     args = inputs.decode_args(scores, selected)
     ops.sparse_decode(**args, line_table=hot_cache.line_table)
     expected = args["output"].cpu()  # and waits, before what they read changes
@@ -184,8 +192,8 @@ def test_rows_without_a_slot_and_dense_rows_are_passed_over(device):
     inputs, hot_cache = make(case, 2, device)
     hot_cache.row_slots[1] = -1
     before = hot_cache.to("cpu")
-    _, selected = step(inputs, case, 0)
-    ops.recall(**recall_args(inputs, selected, hot_cache))
+    scores, selected = step(inputs, case, 0)
+    ops.recall(**recall_args(inputs, scores, selected, hot_cache))
     for name, tensor in vars(hot_cache).items():
         assert_same_bits(tensor, getattr(before, name))
 
@@ -203,6 +211,9 @@ def test_rows_without_a_slot_and_dense_rows_are_passed_over(device):
         ("hot_lines", longer(0), r"hot_lines.size\(0\) must equal num_slots"),
         ("hot_lines", longer(1), r"hot_lines.size\(1\) must equal num_kv_heads"),
         ("hot_order", longer(2), r"hot_order.size\(2\) must equal the lines of a slot"),
+        ("scores", doubled, r"scores must have dtype Float, got Double"),
+        ("scores", longer(0), r"scores.size\(0\) must equal num_reqs"),
+        ("scores", longer(2), r"scores.size\(2\) must"),
         (
             "line_table",
             longer(0),
@@ -210,11 +221,17 @@ def test_rows_without_a_slot_and_dense_rows_are_passed_over(device):
         ),
         ("line_table", longer(2), r"line_table.size\(2\) must equal block_size / 8"),
         ("counters", lambda t: t.int(), r"counters must have dtype Long, got Int"),
-        ("counters", longer(0), r"counters.size\(0\) must equal lines found"),
+        ("counters", longer(0), r"counters.size\(0\) must equal what recall counts"),
     ],
 )
 def test_bad_arguments_are_named(name, spoil, message):
     case = cases.DecodeCase((1500, 1300), group=2)
     inputs, hot_cache = make(case, 1, "cpu")
-    _, selected = step(inputs, case, 0)
-    rejected(ops.recall, recall_args(inputs, selected, hot_cache), name, spoil, message)
+    scores, selected = step(inputs, case, 0)
+    rejected(
+        ops.recall,
+        recall_args(inputs, scores, selected, hot_cache),
+        name,
+        spoil,
+        message,
+    )

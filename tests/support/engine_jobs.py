@@ -103,7 +103,7 @@ class Outcome:
             replayed, without padding, in order.
         num_preemptions: In ``run_with_few_pages``, of the crowd.
         num_released: In ``run_with_host_tier``, pages whose block was given away.
-        num_lines: Likewise, lines found, recalled and left.
+        num_lines: Likewise, lines found, recalled and left; and other counters.
         held: Likewise, what nobody held when all had ended: by kind.
     """
 
@@ -246,7 +246,7 @@ def run_with_host_tier(llm, moving: Round) -> Outcome:
     outcome.num_released = counts.total_released
     tier = tier_of(next(iter(attention_layers(llm))))
     assert tier is not None
-    outcome.num_lines = tier.num_lines().tolist()
+    outcome.num_lines = tier.counters().tolist()
     outcome.held = {
         "slots": counts.num_slots,
         "transfers": counts.num_copying,

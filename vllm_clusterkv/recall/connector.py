@@ -188,8 +188,8 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self._scheduler is None:
-            lines = self._tier.take_lines() if self._tier is not None else None
-            return None if lines is None else RecallStats(data=lines)
+            taken = self._tier.take_counts() if self._tier is not None else None
+            return None if taken is None else RecallStats(data=taken)
         counts = self._scheduler.counts()
         if counts == self._reported:
             return None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm_clusterkv.recall.scheduler import RecallCounts
 
 GAUGES = {
+    "num_resident": ("resident_pages", "Pages that requests hold in blocks"),
     "num_copying": ("copying_pages", "Pages on their way to the host"),
     "num_clean": ("mirrored_pages", "Pages on the host, still read on the device"),
     "num_released": ("released_pages", "Pages that are read from the host"),
@@ -29,10 +30,15 @@ COUNTERS = {
 }
 """Fields that only grow."""
 
-LINES = {
+RECALLS = {
     "found": ("found_lines", "Lines of selected rows that were in hot blocks"),
     "recalled": ("recalled_lines", "Lines recalled from the host"),
     "left": ("left_lines", "Lines read on the host, having no room in hot blocks"),
+    "recalled_bytes": ("recalled_bytes", "Bytes recalled from the host"),
+    "calls": ("recalls", "Recalls, one of a row in a step, layer and KV head"),
+    "recall_seconds": ("recall_seconds", "Time of these, side by side as they run"),
+    "mass": ("covered_mass", "Estimated share of weight of selected clusters, summed"),
+    "mass_samples": ("covered_mass_samples", "Samples of it"),
 }
 """What workers count in all layers and KV heads. A line is 8 rows of a KV head."""
 
@@ -55,7 +61,7 @@ class RecallStats(KVConnectorStats):
 
     def aggregate(self, other: KVConnectorStats) -> "RecallStats":
         for name, value in other.data.items():
-            if name in COUNTERS or name in LINES:
+            if name in COUNTERS or name in RECALLS:
                 value += self.data.get(name, 0)
             self.data[name] = value
         return self
@@ -67,6 +73,13 @@ class RecallStats(KVConnectorStats):
         needed = found + sum(self.data.get(name, 0) for name in ("recalled", "left"))
         if needed:
             reduced["hot cache hit rate"] = round(found / needed, 3)
+            megabytes = self.data.get("recalled_bytes", 0) / 2**20
+            reduced["MiB recalled"] = round(megabytes, 1)
+        if calls := self.data.get("calls", 0):
+            microseconds = 1e6 * self.data.get("recall_seconds", 0) / calls
+            reduced["us a recall"] = round(microseconds, 1)
+        if samples := self.data.get("mass_samples", 0):
+            reduced["attention covered"] = round(self.data["mass"] / samples, 3)
         return reduced
 
     def is_empty(self) -> bool:
@@ -94,7 +107,7 @@ class RecallPromMetrics(KVConnectorPromMetrics):
             }
 
         self._gauges = make(self._gauge_cls, GAUGES, multiprocess_mode="mostrecent")
-        self._counters = make(self._counter_cls, COUNTERS | LINES)
+        self._counters = make(self._counter_cls, COUNTERS | RECALLS)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():

@@ -53,6 +53,7 @@ class RecallCounts:
     """What the host tier holds, and what it has done so far.
 
     Attributes:
+        num_resident: Pages that requests hold in blocks.
         num_copying: Pages under way to the host, also of requests that have ended.
         num_clean: Pages on the host that are still read on the GPU.
         num_released: Pages whose block has a new owner, read from the host.
@@ -63,6 +64,7 @@ class RecallCounts:
         total_late: Pages that reached the host after their request had ended.
     """
 
+    num_resident: int
     num_copying: int
     num_clean: int
     num_released: int
@@ -341,7 +343,14 @@ class RecallScheduler:
 
     def counts(self) -> RecallCounts:
         """What is where now, and totals."""
+        pool = self._pool
+        num_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is null
+        num_taken = sum(
+            len(spilled.index_blocks) + len(spilled.hot_blocks)
+            for spilled in self._spilled.values()
+        )
         return RecallCounts(
+            num_resident=num_held - num_taken,
             num_copying=len(self._copies),
             num_clean=self._num_clean,
             num_released=self._num_released,

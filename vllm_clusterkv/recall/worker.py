@@ -19,8 +19,11 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm_clusterkv.backend import DecodeMetadata, HostPages
 from vllm_clusterkv.page_layout import (
     BLOCK_SIZE,
+    COUNTERS,
     INDEX_UNIT,
+    LINE_ROWS,
     LINES_PER_PAGE,
+    MASS_UNIT,
     PageLayout,
 )
 from vllm_clusterkv.recall import host_memory
@@ -33,7 +36,6 @@ from vllm_clusterkv.recall.messages import (
     StartSlot,
     Transfer,
 )
-from vllm_clusterkv.recall.metrics import LINES
 
 STEPS_PER_COUNT = 16
 """Steps from one look at the counters to the next."""
@@ -125,9 +127,9 @@ class HostTier:
         )
         hot_pages = num_host_pages if num_hot_blocks else 0
         self._line_table = new(num_layers, hot_pages, num_heads, LINES_PER_PAGE)
-        self._counters = new(num_layers, 3, fill=0, dtype=torch.int64)
+        self._counters = new(num_layers, len(COUNTERS), fill=0, dtype=torch.int64)
         self._counts: torch.Tensor | None = None
-        self._taken = [0, 0, 0]
+        self._taken = [0] * len(COUNTERS)
         self._steps = 0
         self._completed: list[int] = []
         self._resolved: DecodeMetadata | None = None
@@ -228,32 +230,40 @@ class HostTier:
             self._counters[number],
         )
 
-    def num_lines(self) -> torch.Tensor:
-        """[3] int64 on the device: lines found, recalled and left, of all layers."""
+    def counters(self) -> torch.Tensor:
+        """[len(COUNTERS)] int64 on the device: counted by ``recall`` in all layers."""
         return self._counters.sum(0)
 
-    def take_lines(self) -> dict[str, int] | None:
-        """Lines found, recalled and left since they were last taken.
+    def take_counts(self) -> dict[str, float] | None:
+        """What ``recall`` counted since it was last taken.
 
-        On a GPU they come some steps late: nobody waits for it.
+        On a GPU it comes some steps late: nobody waits for it.
 
         Returns:
-            By name, or None if it is not time.
+            By name, as ``RecallStats`` has it, or None if it is not time.
         """
         self._steps += 1
         if self._steps % STEPS_PER_COUNT:
             return None
         if self._counts is None:
             # Pinned, on GPUs, so that the copy is asynchronous.
-            self._counts = torch.zeros(3, dtype=torch.int64, pin_memory=self._is_cuda)
+            self._counts = torch.zeros(
+                len(COUNTERS), dtype=torch.int64, pin_memory=self._is_cuda
+            )
         now = self._counts.tolist()
-        lines = {
-            name: int(n - before)
-            for name, n, before in zip(LINES, now, self._taken, strict=True)
+        grown: dict[str, float] = {
+            name: n - before
+            for name, n, before in zip(COUNTERS, now, self._taken, strict=True)
         }
         self._taken = now
-        self._counts.copy_(self.num_lines(), non_blocking=True)
-        return lines if any(lines.values()) else None
+        self._counts.copy_(self.counters(), non_blocking=True)
+        if not any(grown.values()):
+            return None
+        row_bytes = 2 * self._layout.head_size * self._layout.dtype.itemsize
+        grown["recalled_bytes"] = grown["recalled"] * LINE_ROWS * row_bytes
+        grown["recall_seconds"] = 1e-9 * grown.pop("nanoseconds")
+        grown["mass"] *= MASS_UNIT
+        return grown
 
     def _change_tables(self, command: Command) -> None:
         match command:
