@@ -16,11 +16,13 @@ from tests.support.engine import (
     generate,
     poison,
 )
+from vllm_clusterkv.page_layout import COUNTERS, MASS_UNIT
 from vllm_clusterkv.recall.worker import tier_of
 
 MAX_TOKENS = 24
-NUM_BLOCKS = 21  # three requests of eight pages each
+NUM_BLOCKS = 23  # for two of three requests of eight pages each, and what these free
 SIZES = dict(max_model_len=2048, max_num_seqs=8, max_num_batched_tokens=4096)
+LINE_BYTES = 8 * 2 * 64 * 4
 SETTINGS = dict(token_budget=300, min_sparse_len=0)
 
 
@@ -54,11 +56,16 @@ def test_answers_are_those_of_resident_pages(
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         counts = scheduler.connector._decisions.counts()
         tier = tier_of(next(iter(attention_layers(llm))))
-        found, recalled, *_ = tier.counters().tolist()
+        counters = dict(zip(COUNTERS, tier.counters().tolist(), strict=True))
         free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     assert_equal(answers, resident)
     assert counts.total_released >= 2
     # Recomputed prompts would be dense where these are sparse.
     assert metrics["vllm:num_preemptions"] == 0
     assert free == NUM_BLOCKS - 1
-    assert recalled > 0 and found > 0
+    assert counters["found"] > 0
+    prefix = "vllm:clusterkv_host"
+    assert 0 < metrics[f"{prefix}_recalled_bytes"] <= counters["recalled"] * LINE_BYTES
+    assert 0 < metrics[f"{prefix}_recalls"] <= counters["calls"]
+    assert counters["nanoseconds"] > 0
+    assert counters["mass"] * MASS_UNIT <= counters["mass_samples"]

@@ -37,7 +37,7 @@ from vllm_clusterkv.recall.messages import (
     Transfer,
 )
 
-STEPS_PER_COUNT = 16
+STEPS_PER_COUNT = 8
 """Steps from one look at the counters to the next."""
 
 POISON_WORD = -1
@@ -250,13 +250,16 @@ class HostTier:
             self._counts = torch.zeros(
                 len(COUNTERS), dtype=torch.int64, pin_memory=self._is_cuda
             )
+        if not self._is_cuda:
+            self._counts.copy_(self.counters())
         now = self._counts.tolist()
         grown: dict[str, float] = {
             name: n - before
             for name, n, before in zip(COUNTERS, now, self._taken, strict=True)
         }
         self._taken = now
-        self._counts.copy_(self.counters(), non_blocking=True)
+        if self._is_cuda:
+            self._counts.copy_(self.counters(), non_blocking=True)
         if not any(grown.values()):
             return None
         row_bytes = 2 * self._layout.head_size * self._layout.dtype.itemsize
