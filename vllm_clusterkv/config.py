@@ -34,7 +34,8 @@ class ClusterKVConfig:
         host_memory_gib: CPU memory for pages of running requests that the KV cache has
             no room for, of all workers of a replica together; 0 for none.
         hot_cache_tokens: Tokens of host pages that a request keeps on the device, of
-            each KV head those used last; None for twice ``token_budget``.
+            each KV head those used last; None for twice ``token_budget``, or less
+            where that is much of a request or of the KV cache.
         host_watermark: Share of the KV cache's blocks to keep free by moving pages
             there.
         poison_released: Fill blocks whose page has moved with NaN. For tests.
@@ -56,14 +57,6 @@ class ClusterKVConfig:
     def num_clusters(self) -> int:
         """Clusters a page and KV head."""
         return BLOCK_SIZE // self.tokens_per_cluster
-
-    @property
-    def num_hot_blocks(self) -> int:
-        """Blocks that a request's recalled lines take."""
-        tokens = self.hot_cache_tokens
-        if tokens is None:
-            tokens = 2 * self.token_budget
-        return -(-tokens // BLOCK_SIZE)
 
     def effective_min_sparse_len(self, crossover: int) -> int:
         """Tokens from which a row is attended to sparsely.

@@ -361,7 +361,7 @@ def recall(
             a position holds, as ``page * (block_size / 8) + line`` with the page's
             number in the row; -1 for none. Position ``p`` is line
             ``p % (block_size / 8)`` of hot block ``p // (block_size / 8)``. -1
-            everywhere for a slot that is new.
+            everywhere for a slot that is new. A slot's row does not get shorter.
         hot_order: [num_slots, num_kv_heads, P] int32, contiguous. Kept: positions,
             those used last at the end. Any order for a slot that is new.
         counters: [len(COUNTERS)] int64, contiguous. Added to: lines found, recalled,

@@ -12,6 +12,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from tests.support import recall_engine
 from tests.support.recall_engine import BLOCK, Engine, make_engine
 from vllm_clusterkv.recall.messages import (
     ClearSlot,
@@ -416,6 +417,39 @@ def test_a_waiting_request_s_hits_on_free_blocks_are_no_gain(tmp_path):
     engine.step()
     assert [row.request_id for row in engine.rows] == ["a"]
     assert engine.orders.transfers
+
+
+def test_late_copies_do_not_hold_up_admission(tmp_path, monkeypatch):
+    """On a GPU a copy is done some steps later, in which others take blocks."""
+    block = 32
+    monkeypatch.setattr(recall_engine, "BLOCK", block)
+
+    def num_steps(delay: int) -> int:
+        engine = make_engine(
+            tmp_path,
+            num_blocks=200,
+            num_host_pages=2000,
+            entries_per_block=15,
+            delay=lambda: delay,
+            max_slots=16,
+            max_transfers=16,
+            watermark=0.05,
+            max_model_len=2048,
+            max_num_batched_tokens=2048,
+            max_num_seqs=16,
+            asynchronous=True,
+        )
+        for i in range(16):
+            length = 30 * block + 3 * i
+            tokens = [(37 * i + k * (i + 2)) % 500 + 1 for k in range(length)]
+            engine.add(f"r{i}", tokens, max_tokens=10 * block)
+        number = 0
+        while engine.scheduler.has_requests():
+            engine.step()
+            number += 1
+        return number
+
+    assert num_steps(delay=3) < 1.3 * num_steps(delay=1)
 
 
 @pytest.mark.parametrize("num_tokens, leave", [(17, True), (21, False)])

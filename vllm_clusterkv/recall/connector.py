@@ -86,20 +86,25 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
             )
         self._layout = layout
         self._num_host_pages = num_host_pages
+        min_spillable_len = _min_spillable_len(config, layout.num_kv_heads)
+        moves = vllm_config.model_config.max_model_len >= min_spillable_len
+        num_hot_blocks = _num_hot_blocks(
+            config, self._max_blocks, kv_cache_config.num_blocks
+        )
+        if not moves:
+            num_hot_blocks = 0
         # Tables are of all slots: no more than the host pool has use for.
+        num_pages_a_slot = MIN_PAGES_FOR_INDEX_BLOCK + num_hot_blocks
         self._max_slots = min(
             vllm_config.scheduler_config.max_num_seqs,
-            max(
-                1, num_host_pages // (MIN_PAGES_FOR_INDEX_BLOCK + config.num_hot_blocks)
-            ),
+            max(num_host_pages // num_pages_a_slot, 1),
         )
         self._poison_released = config.poison_released
-        self._num_hot_blocks = config.num_hot_blocks
+        self._num_hot_blocks = num_hot_blocks
         self._tier: HostTier | None = None
         self._layer_names: list[str] = []
         self._scheduler: RecallScheduler | None = None
         if role == KVConnectorRole.SCHEDULER:
-            min_spillable_len = _min_spillable_len(config, layout.num_kv_heads)
             self._scheduler = RecallScheduler(
                 num_host_pages,
                 self._max_slots,
@@ -108,10 +113,10 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
                 world_size,
                 min_spillable_len,
                 config.host_watermark,
-                num_hot_blocks=config.num_hot_blocks,
+                num_hot_blocks=num_hot_blocks,
             )
             self._reported: RecallCounts | None = None
-            if vllm_config.model_config.max_model_len < min_spillable_len:
+            if not moves:
                 logger.warning(
                     "CLUSTERKV host tier: no page will move. Requests must have at "
                     "least clusterkv.min_sparse_len tokens (%d, by other settings if "
@@ -120,10 +125,12 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
                     vllm_config.model_config.max_model_len,
                 )
             logger.info(
-                "CLUSTERKV host tier: %d pages, %d tokens, in %.3g GiB of CPU memory.",
+                "CLUSTERKV host tier: %d pages, %d tokens, in %.3g GiB of CPU memory; "
+                "hot cache of %d tokens a request.",
                 num_host_pages,
                 num_host_pages * BLOCK_SIZE,
                 config.host_memory_gib,
+                num_hot_blocks * BLOCK_SIZE,
             )
 
     @property
@@ -191,7 +198,8 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
             taken = self._tier.take_counts() if self._tier is not None else None
             return None if taken is None else RecallStats(data=taken)
         counts = self._scheduler.counts()
-        if counts == self._reported:
+        # While it is in use, vLLM's log line has it each time.
+        if counts == self._reported and not counts.num_slots:
             return None
         stats = RecallStats.between(self._reported, counts)
         self._reported = counts
@@ -250,6 +258,34 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._tier is not None:
             self._tier.close()
         self._tier = None
+
+
+def _num_hot_blocks(config: ClusterKVConfig, max_blocks: int, num_blocks: int) -> int:
+    """Blocks that hold what a request has recalled.
+
+    Args:
+        config: Settings.
+        max_blocks: Pages of the longest request.
+        num_blocks: Of the KV cache.
+
+    Raises:
+        ValueError: ``hot_cache_tokens`` is more than a request's pages make up for, or
+            more than a quarter of the KV cache.
+    """
+    if config.hot_cache_tokens is None:
+        wanted = -(-2 * config.token_budget // BLOCK_SIZE)
+        return min(wanted, max_blocks // 4, num_blocks // 16)
+    num_hot_blocks = -(-config.hot_cache_tokens // BLOCK_SIZE)
+    # Neither the first page leaves nor the last.
+    most = max(min(max_blocks - 2 - MIN_PAGES_FOR_INDEX_BLOCK, num_blocks // 4), 0)
+    if num_hot_blocks > most:
+        raise requirements.refusal(
+            f"clusterkv.hot_cache_tokens must be at most {most * BLOCK_SIZE} with this "
+            f"--max-model-len and {num_blocks} blocks of KV cache, "
+            f"got {config.hot_cache_tokens}",
+            "lower it, or leave it out",
+        )
+    return num_hot_blocks
 
 
 def _min_spillable_len(config: ClusterKVConfig, num_kv_heads: int) -> int:

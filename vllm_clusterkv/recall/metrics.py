@@ -68,7 +68,9 @@ class RecallStats(KVConnectorStats):
 
     def reduce(self) -> dict[str, int | float]:
         words = {"num_released": "pages on the host", "total_released": "just released"}
-        reduced = {words[name]: self.data.get(name, 0) for name in words}
+        reduced = {
+            word: self.data[name] for name, word in words.items() if name in self.data
+        }
         found = self.data.get("found", 0)
         needed = found + sum(self.data.get(name, 0) for name in ("recalled", "left"))
         if needed:
@@ -92,12 +94,14 @@ class RecallPromMetrics(KVConnectorPromMetrics):
     def __init__(self, vllm_config, metric_types, labelnames, per_engine_labelvalues):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-        def make(kind: Any, names: dict[str, tuple[str, str]], **kwargs: Any) -> dict:
+        def make(
+            kind: Any, names: dict[str, tuple[str, str]], of: str = "", **kwargs: Any
+        ) -> dict:
             return {
                 field: create_metric_per_engine(
                     kind(
                         name=f"vllm:clusterkv_host_{metric}",
-                        documentation=f"clusterkv host tier: {meaning}.",
+                        documentation=f"clusterkv host tier: {meaning}{of}.",
                         labelnames=labelnames,
                         **kwargs,
                     ),
@@ -107,7 +111,9 @@ class RecallPromMetrics(KVConnectorPromMetrics):
             }
 
         self._gauges = make(self._gauge_cls, GAUGES, multiprocess_mode="mostrecent")
-        self._counters = make(self._counter_cls, COUNTERS | RECALLS)
+        self._counters = make(self._counter_cls, COUNTERS)
+        of_all = ", of all layers, KV heads and ranks"
+        self._counters |= make(self._counter_cls, RECALLS, of_all)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():

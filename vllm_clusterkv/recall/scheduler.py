@@ -44,6 +44,9 @@ RESERVED_BLOCKS = 2
 """Blocks that admission of waiting requests leaves free: a spill begins by taking one
 for entries, which no admission must have made impossible."""
 
+STEPS_OF_A_COPY = 4
+"""Steps from a copy's start until its blocks are free, on a GPU, and one to spare."""
+
 MIN_PAGES_FOR_INDEX_BLOCK = 2
 """Pages that must leave for a new index block, which takes the room of one."""
 
@@ -171,6 +174,10 @@ class RecallScheduler:
         self._watermark = watermark
         self._max_transfers = max_transfers
         self._num_hot_blocks = num_hot_blocks
+        # Pages of a request that must leave to free more blocks than its slot takes.
+        self._min_pages = num_hot_blocks + MIN_PAGES_FOR_INDEX_BLOCK
+        while self._gain(self._min_pages) < 1:
+            self._min_pages += 1
 
         # Taken from the end: low numbers first.
         self._free_host_pages = list(range(num_host_pages - 1, -1, -1))
@@ -384,11 +391,37 @@ class RecallScheduler:
         num_kept = max(self._reserved_blocks, self._watermark_blocks)
         num_short = num_kept - num_at_hand
         if waiting is not None:
-            num_wanted = self._num_blocks_wanted(*waiting) + self._reserved_blocks
+            for_waiting = self._num_blocks_wanted(*waiting) + self._reserved_blocks
+            for_waiting -= num_at_hand
             # Not for a request that waits for others to end in any case.
-            if num_short < num_wanted - num_at_hand <= self._most_to_free(output):
-                num_short = num_wanted - num_at_hand
+            if for_waiting <= self._most_to_free(output):
+                # Others take blocks while copies are under way: without some more, what
+                # is at hand would stay just below what is needed.
+                num_short = max(num_short, for_waiting + self._num_soon_taken(output))
         return num_short
+
+    def _num_soon_taken(self, output: SchedulerOutput) -> int:
+        """Blocks that the step's requests take while a copy is under way."""
+        num_taken = 0
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            request = self._requests[request_id]
+            now = request.num_computed_tokens + num_tokens
+            soon = now + STEPS_OF_A_COPY * num_tokens
+            if now < request.num_tokens:
+                soon = min(soon, request.num_tokens)
+            num_taken += cdiv(soon, self._block_size) - cdiv(now, self._block_size)
+        return num_taken
+
+    def _gain(self, num_pages: int, spilled: _Spilled | None = None) -> int:
+        """Blocks that more pages of a request free, less what it takes for that."""
+        num_entries = 0 if spilled is None else len(spilled.free_entries)
+        num_without_entry = max(num_pages - num_entries, 0)
+        num_hot_blocks = self._num_hot_blocks if spilled is None else 0
+        return (
+            num_pages
+            - num_hot_blocks
+            - cdiv(num_without_entry, self._entries_per_block)
+        )
 
     def _most_to_free(self, output: SchedulerOutput) -> int:
         """Blocks that transfers could free, in this step and later ones, at most."""
@@ -396,12 +429,9 @@ class RecallScheduler:
         for request in self._victims(output):
             spilled = self._spilled.get(request.request_id)
             num_pages = request.num_computed_tokens // self._block_size - 1
-            num_entries, num_taken = 0, self._num_hot_blocks
             if spilled is not None:
                 num_pages -= len(spilled.pages)
-                num_entries, num_taken = len(spilled.free_entries), 0
-            num_taken += cdiv(max(num_pages - num_entries, 0), self._entries_per_block)
-            most += max(num_pages - num_taken, 0)
+            most += max(self._gain(num_pages, spilled), 0)
         return min(most, len(self._free_host_pages))
 
     def _num_blocks_wanted(self, request: Request, num_local_tokens: int) -> int:
@@ -484,7 +514,7 @@ class RecallScheduler:
             num_hot_blocks = self._num_hot_blocks if spilled is None else 0
             # What makes up for the blocks that it takes, in this step and later ones.
             num_to_start = 1 if num_entries else MIN_PAGES_FOR_INDEX_BLOCK
-            num_needed = num_to_start + num_hot_blocks
+            num_needed = self._min_pages if spilled is None else num_to_start
             num_host_pages = len(self._free_host_pages)
             room = min(num_host_pages, self._num_may_start())
             if num_host_pages < num_needed or room < num_to_start:

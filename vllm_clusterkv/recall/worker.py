@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_clusterkv import requirements
 from vllm_clusterkv.backend import DecodeMetadata, HostPages
 from vllm_clusterkv.page_layout import (
     BLOCK_SIZE,
@@ -36,6 +38,11 @@ from vllm_clusterkv.recall.messages import (
     StartSlot,
     Transfer,
 )
+
+logger = init_logger("vllm.clusterkv")
+
+_SPARE_BYTES = 256 << 20
+"""For the copies' buffers and what graphs allocate for ``resolve``."""
 
 STEPS_PER_COUNT = 8
 """Steps from one look at the counters to the next."""
@@ -90,6 +97,40 @@ class HostTier:
         self._poison_released = poison_released
         device = caches[0].device
         self._is_cuda = device.type == "cuda"
+        # Rows are copied beside the steps' kernels.
+        self._copy_stream = torch.cuda.Stream(device) if self._is_cuda else None
+        self._under_way: deque[tuple[torch.cuda.Event, list[int]]] = deque()
+        self._tail_blocks = torch.full((max_slots,), -1, dtype=torch.int32).to(device)
+        table = torch.full((max_slots, max_blocks), -1, dtype=torch.int32)
+        self._host_pages = table.to(
+            device
+        )  # of slots' pages; -1 for those with a block
+        self._places = table.clone().to(device)  # of their indexes
+        # Of each layer what decode recalled: ops.py has shapes and meaning.
+        num_layers, num_heads = len(caches), layout.num_kv_heads
+        num_positions = num_hot_blocks * LINES_PER_PAGE
+        hot_pages = num_host_pages if num_hot_blocks else 0
+        if self._is_cuda:
+            lines = 2 * max_slots * num_positions + hot_pages * LINES_PER_PAGE
+            _check_room(device, 4 * num_layers * num_heads * lines, num_hot_blocks)
+
+        def new(*shape: int, fill: int = -1, dtype=torch.int32) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        shape = (num_layers, max_slots, num_heads, num_positions)
+        self._hot_blocks = new(max_slots, num_hot_blocks)
+        self._hot_lines = new(*shape)
+        self._hot_order = (
+            torch.arange(num_positions, device=device).int().repeat(*shape[:-1], 1)
+        )
+        self._line_table = new(num_layers, hot_pages, num_heads, LINES_PER_PAGE)
+        self._counters = new(num_layers, len(COUNTERS), fill=0, dtype=torch.int64)
+        self._counts: torch.Tensor | None = None
+        self._taken = [0] * len(COUNTERS)
+        self._steps = 0
+        self._completed: list[int] = []
+        self._resolved: DecodeMetadata | None = None
+        # Last: it is to be given back, and nothing fails behind it.
         self.pool = host_memory.allocate(
             (
                 num_host_pages,
@@ -103,36 +144,6 @@ class HostTier:
         )
         # [num_host_pages, num_layers, words of keys and values]
         self._pool_words = self.pool.view(num_host_pages, len(caches), -1).view(_WORD)
-        # Rows are copied beside the steps' kernels.
-        self._copy_stream = torch.cuda.Stream(device) if self._is_cuda else None
-        self._under_way: deque[tuple[torch.cuda.Event, list[int]]] = deque()
-        self._tail_blocks = torch.full((max_slots,), -1, dtype=torch.int32).to(device)
-        table = torch.full((max_slots, max_blocks), -1, dtype=torch.int32)
-        self._host_pages = table.to(
-            device
-        )  # of slots' pages; -1 for those with a block
-        self._places = table.clone().to(device)  # of their indexes
-        # Of each layer what decode recalled: ops.py has shapes and meaning.
-        num_layers, num_heads = len(caches), layout.num_kv_heads
-        num_positions = num_hot_blocks * LINES_PER_PAGE
-
-        def new(*shape: int, fill: int = -1, dtype=torch.int32) -> torch.Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=device)
-
-        shape = (num_layers, max_slots, num_heads, num_positions)
-        self._hot_blocks = new(max_slots, num_hot_blocks)
-        self._hot_lines = new(*shape)
-        self._hot_order = (
-            torch.arange(num_positions, device=device).int().repeat(*shape[:-1], 1)
-        )
-        hot_pages = num_host_pages if num_hot_blocks else 0
-        self._line_table = new(num_layers, hot_pages, num_heads, LINES_PER_PAGE)
-        self._counters = new(num_layers, len(COUNTERS), fill=0, dtype=torch.int64)
-        self._counts: torch.Tensor | None = None
-        self._taken = [0] * len(COUNTERS)
-        self._steps = 0
-        self._completed: list[int] = []
-        self._resolved: DecodeMetadata | None = None
 
     def apply(self, orders: Orders) -> None:
         """Does what the scheduler wants before this step's forward."""
@@ -172,9 +183,11 @@ class HostTier:
 
     def close(self) -> None:
         """Gives the memory back, behind all copies."""
-        if self._copy_stream is not None:
-            torch.cuda.synchronize(self._copy_stream.device)
-        host_memory.release(self.pool, pinned=self._is_cuda)
+        try:
+            if self._copy_stream is not None:
+                torch.cuda.synchronize(self._copy_stream.device)
+        finally:
+            host_memory.release(self.pool, pinned=self._is_cuda)
 
     def resolve(self, layer_name: str, rows: DecodeMetadata) -> DecodeMetadata:
         """Decode rows with tables that lead to where their pages are.
@@ -273,7 +286,11 @@ class HostTier:
             case StartSlot(slot, hot_blocks):
                 self._clear(slot)
                 if hot_blocks:
-                    self._hot_blocks[slot] = torch.tensor(hot_blocks)
+                    # From pinned memory, on GPUs: nobody waits for the copy.
+                    blocks = torch.tensor(
+                        hot_blocks, dtype=torch.int32, pin_memory=self._is_cuda
+                    )
+                    self._hot_blocks[slot].copy_(blocks, non_blocking=True)
                     self._hot_lines[:, slot] = -1
             case ClearSlot(slot):
                 self._clear(slot)
@@ -360,6 +377,36 @@ def _words_of_pages(
         (len(caches), cache.shape[0], page_bytes // _WORD_BYTES),
         (step // _WORD_BYTES, cache.stride(0) * size // _WORD_BYTES, 1),
     )
+
+
+_MAX_POSITIONS = 10_000
+"""Lines of a slot: ``recall`` needs 8 bytes of shared memory for each, and 4 a page of
+the row; the least that a GPU has is 99 KiB."""
+
+
+def _check_room(device: torch.device, num_bytes: int, num_hot_blocks: int) -> None:
+    """Refuses tables that do not fit the device, whose memory vLLM has given away.
+
+    Raises:
+        ValueError: There is less.
+    """
+    if num_hot_blocks * LINES_PER_PAGE > _MAX_POSITIONS:
+        most = _MAX_POSITIONS // LINES_PER_PAGE * BLOCK_SIZE
+        raise requirements.refusal(
+            f"clusterkv.hot_cache_tokens must be at most {most} on a GPU, "
+            f"got {num_hot_blocks * BLOCK_SIZE}",
+            "lower it",
+        )
+    free, _ = torch.cuda.mem_get_info(device)
+    logger.info("CLUSTERKV host tier: tables of %d MiB.", num_bytes >> 20)
+    if num_bytes > free - _SPARE_BYTES:
+        raise requirements.refusal(
+            f"clusterkv.host_memory_gib needs tables of {num_bytes >> 20} MiB on the "
+            f"GPU, of which {free >> 20} MiB are free, and {_SPARE_BYTES >> 20} MiB "
+            "beside them",
+            "lower --gpu-memory-utilization, --max-num-seqs or "
+            "clusterkv.hot_cache_tokens",
+        )
 
 
 def page_count(host_memory_gib: float, layout: PageLayout, num_layers: int) -> int:
