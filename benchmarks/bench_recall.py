@@ -108,7 +108,7 @@ def run_case(
     layers = Layers(case, num_layers(case, args), args.device, args.seed)
     expected = torch.empty_like(layers.query)
     layers.decode(0, layers.all_sparse, expected)
-    tier = SpilledLayers(layers, pool, case.config.num_hot_blocks, args.seed)
+    tier = SpilledLayers(layers, pool, case.config.wanted_hot_blocks, args.seed)
     check_agreement(tier, expected)
     selected = OpCalls(layers).selected
     needed = tier.needed_lines(selected)
@@ -168,7 +168,7 @@ def result_row(
     """
     what = name.partition(" ")[0]
     has_cache = what in ("recall", "recalled", "no_slot")
-    hot_tokens = case.config.num_hot_blocks * BLOCK_SIZE
+    hot_tokens = case.config.wanted_hot_blocks * BLOCK_SIZE
     row = {
         "model": case.shape.name,
         "what": what,

@@ -58,6 +58,14 @@ class ClusterKVConfig:
         """Clusters a page and KV head."""
         return BLOCK_SIZE // self.tokens_per_cluster
 
+    @property
+    def wanted_hot_blocks(self) -> int:
+        """Blocks that ``hot_cache_tokens`` asks for, null the most that it stands for."""
+        tokens = self.hot_cache_tokens
+        if tokens is None:
+            tokens = 2 * self.token_budget
+        return -(-tokens // BLOCK_SIZE)
+
     def effective_min_sparse_len(self, crossover: int) -> int:
         """Tokens from which a row is attended to sparsely.
 

@@ -79,7 +79,7 @@ def test_two_ranks_equal_one_dense_rank(random_llama):
 
 
 def test_two_ranks_with_a_host_tier(random_llama, monkeypatch):
-    """Three requests of six pages in fourteen blocks: pages move on both ranks."""
+    """Three requests of six pages in eighteen blocks: pages move on both ranks."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler is here
 
     def pages_moved(llm):
@@ -94,7 +94,7 @@ def test_two_ranks_with_a_host_tier(random_llama, monkeypatch):
         lengths,
         pages_moved,
         tensor_parallel_size=2,
-        num_gpu_blocks_override=15,
+        num_gpu_blocks_override=19,
         **clusterkv(
             token_budget=2048,
             min_sparse_len=0,

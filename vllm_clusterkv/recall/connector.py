@@ -273,9 +273,8 @@ def _num_hot_blocks(config: ClusterKVConfig, max_blocks: int, num_blocks: int) -
             more than a quarter of the KV cache.
     """
     if config.hot_cache_tokens is None:
-        wanted = -(-2 * config.token_budget // BLOCK_SIZE)
-        return min(wanted, max_blocks // 4, num_blocks // 16)
-    num_hot_blocks = -(-config.hot_cache_tokens // BLOCK_SIZE)
+        return min(config.wanted_hot_blocks, max_blocks // 4, num_blocks // 16)
+    num_hot_blocks = config.wanted_hot_blocks
     # Neither the first page leaves nor the last.
     most = max(min(max_blocks - 2 - MIN_PAGES_FOR_INDEX_BLOCK, num_blocks // 4), 0)
     if num_hot_blocks > most:
