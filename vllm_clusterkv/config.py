@@ -60,7 +60,7 @@ class ClusterKVConfig:
 
     @property
     def wanted_hot_blocks(self) -> int:
-        """Blocks that ``hot_cache_tokens`` asks for, null the most that it stands for."""
+        """Blocks that ``hot_cache_tokens`` asks for; null, at most."""
         tokens = self.hot_cache_tokens
         if tokens is None:
             tokens = 2 * self.token_budget
