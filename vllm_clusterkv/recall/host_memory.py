@@ -106,9 +106,12 @@ def _touched(num_bytes: int) -> torch.Tensor:
     """
     if num_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, num_bytes)
-    with contextlib.suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    # Not shared, by default: such memory has no huge pages.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A child would keep what the GPU reads from being written in place.
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+        with contextlib.suppress(OSError):  # a kernel without it
+            pages.madvise(advice)
     memory = torch.frombuffer(pages, dtype=torch.uint8)  # holds the pages
     # torch has one thread in vLLM's workers.
     num_threads = min(len(os.sched_getaffinity(0)), 32)
