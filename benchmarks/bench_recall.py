@@ -252,7 +252,12 @@ def parse_args() -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     add("--out", type=Path, default=ROOT / "benchmarks/results", help="folder")
     add("--commit", help="to record, where this is no checkout")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cpu" and args.out == parser.get_default("out"):
+        parser.error("--device cpu needs --out: the results there are a GPU's")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu for a dry run, with small numbers")
+    return args
 
 
 def main() -> None:
@@ -269,6 +274,7 @@ def main() -> None:
         copy_bytes, *(host_layer_bytes(case) * num_layers(case, args) for case in cases)
     )
     dtype = cases[0].shape.dtype
+    host_memory.check(pool_bytes)
     pool = host_memory.allocate((pool_bytes // dtype.itemsize,), dtype, pinned=is_cuda)
     bandwidth = host_copy_bandwidth(pool[: copy_bytes // dtype.itemsize], args.device)
     print(f"copy: {bandwidth / 1e9:.1f} GB/s; times in microseconds", flush=True)

@@ -114,6 +114,19 @@ def test_views_for_submodels_are_left_alone(create_config):
             "clusterkv.token_budget must be an integer",
         ),
         ({"settings": {"tokens_per_cluster": 12}}, "must be 8, 16 or 32, got 12"),
+        (
+            {"settings": {"hot_cache_tokens": 1024}},
+            "clusterkv.hot_cache_tokens is for clusterkv.host_memory_gib, which is 0, "
+            "got 1024",
+        ),
+        (
+            {
+                "kv_transfer_config": KVTransferConfig(
+                    kv_connector="ClusterKVConnector", kv_role="kv_producer"
+                )
+            },
+            "--kv-transfer-config is not supported",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

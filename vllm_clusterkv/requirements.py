@@ -7,7 +7,7 @@ flag, says what was expected and what came, and what to do.
 """
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from packaging.version import Version
@@ -39,6 +39,8 @@ MAX_GROUP_SIZE = 16
 """Query heads a KV head, on CUDA."""
 
 _CONNECTOR = "ClusterKVConnector"
+# One that only sends: requests' blocks are freed at once when they finish.
+_ROLE: Literal["kv_producer"] = "kv_producer"
 
 _USE_ANOTHER_BACKEND = "use another --attention-backend for this model"
 
@@ -80,15 +82,16 @@ def set_connector(vllm_config: "VllmConfig") -> None:
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=_CONNECTOR,
         kv_connector_module_path="vllm_clusterkv.recall.connector",
-        # One that only sends: requests' blocks are freed at once when they finish.
-        kv_role="kv_producer",
+        kv_role=_ROLE,
     )
 
 
 def is_own_connector(kv_transfer_config: Any) -> bool:
     """Whether it is ``set_connector``'s."""
     return (
-        kv_transfer_config is not None and kv_transfer_config.kv_connector == _CONNECTOR
+        kv_transfer_config is not None
+        and kv_transfer_config.kv_connector == _CONNECTOR
+        and kv_transfer_config.kv_role == _ROLE
     )
 
 
@@ -110,9 +113,17 @@ def check_config(vllm_config: "VllmConfig") -> None:
         )
     if config.host_memory_gib > 0:
         _check_host_tier(vllm_config)
+    elif config.hot_cache_tokens is not None:
+        raise refusal(
+            "clusterkv.hot_cache_tokens is for clusterkv.host_memory_gib, which is 0, "
+            f"got {config.hot_cache_tokens}",
+            "leave it out, or set the other",
+        )
     connector = vllm_config.kv_transfer_config
+    if config.host_memory_gib > 0 and is_own_connector(connector):
+        connector = None
     for flag, value in {
-        "--kv-transfer-config": None if is_own_connector(connector) else connector,
+        "--kv-transfer-config": connector,
         "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size,
     }.items():
         if value is not None:

@@ -148,7 +148,7 @@ def test_answers_while_pages_move(llm, crowd, answers, most_without_tier):
 def test_a_pool_for_less_than_one_request(refusal):
     assert (
         "clusterkv.host_memory_gib must hold a request of --max-model-len, 5 pages, "
-        "which takes 0.0549, got 0.02; raise it"
+        "which takes 0.055 GiB, got 0.02; raise it"
     ) in refusal
 
 

@@ -26,7 +26,7 @@ def test_levels_are_the_last_ones_and_counts_add_up():
     total.aggregate(worker_stats(60, 30, 10, seconds=2e-4, mass=1.5, samples=2))
     total.aggregate(worker_stats(100, 0, 0, seconds=0))
     assert total.reduce() == {
-        "pages on the host": 2,
+        "released pages": 2,
         "just released": 4,
         "hot cache hit rate": 0.8,
         "MiB recalled": 0.1,
@@ -38,4 +38,4 @@ def test_levels_are_the_last_ones_and_counts_add_up():
 def test_what_did_not_come_is_not_said():
     assert worker_stats(0, 0, 0, calls=0).reduce() == {}
     released = RecallStats(data={"num_released": 0})
-    assert released.reduce() == {"pages on the host": 0}
+    assert released.reduce() == {"released pages": 0}

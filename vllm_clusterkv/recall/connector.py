@@ -6,6 +6,7 @@ Not for others' use of the connector interface: it moves pages of running reques
 neither sends nor receives finished ones.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,10 +79,11 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._max_blocks = -(-vllm_config.model_config.max_model_len // BLOCK_SIZE)
         if num_host_pages < self._max_blocks:
             page_gib = world_size * num_layers * layout.kv_bytes / 2**30
+            least = math.ceil(self._max_blocks * page_gib * 1e3) / 1e3
             raise requirements.refusal(
                 "clusterkv.host_memory_gib must hold a request of --max-model-len, "
-                f"{self._max_blocks} pages, which takes "
-                f"{self._max_blocks * page_gib:.3g}, got {config.host_memory_gib}",
+                f"{self._max_blocks} pages, which takes {least:g} GiB, "
+                f"got {config.host_memory_gib}",
                 "raise it, or lower --max-model-len",
             )
         self._layout = layout
@@ -118,9 +120,9 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
             self._reported: RecallCounts | None = None
             if not moves:
                 logger.warning(
-                    "CLUSTERKV host tier: no page will move. Requests must have at "
-                    "least clusterkv.min_sparse_len tokens (%d, by other settings if "
-                    "null), and --max-model-len is %d.",
+                    "CLUSTERKV host tier: no page will move. Only requests of %d tokens"
+                    " and more lose pages (clusterkv.min_sparse_len, or what other "
+                    "settings make of null), and --max-model-len is %d.",
                     min_spillable_len,
                     vllm_config.model_config.max_model_len,
                 )

@@ -67,7 +67,11 @@ class RecallStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        words = {"num_released": "pages on the host", "total_released": "just released"}
+        words = {
+            "num_clean": "mirrored pages",
+            "num_released": "released pages",
+            "total_released": "just released",
+        }
         reduced = {
             word: self.data[name] for name, word in words.items() if name in self.data
         }
