@@ -113,7 +113,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
         )
     if config.host_memory_gib > 0:
         _check_host_tier(vllm_config)
-    elif config.hot_cache_tokens is not None:
+    elif config.hot_cache_tokens:
         raise refusal(
             "clusterkv.hot_cache_tokens is for clusterkv.host_memory_gib, which is 0, "
             f"got {config.hot_cache_tokens}",
