@@ -176,18 +176,20 @@ def plot_throughput(results: Path, out: Path) -> None:
     }
     figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4.5))
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
-        for backend in dict.fromkeys(row["backend"] for row in rows):
+        lines = dict.fromkeys((row["backend"], row["output_len"]) for row in rows)
+        for backend, output_len in lines:
             points = {
                 int(row["concurrency"]): float(row[column])
                 for row in rows
-                if row["backend"] == backend and row[column]
+                if (row["backend"], row["output_len"]) == (backend, output_len)
+                and row[column]
             }
             numbers = sorted(points)
             axis.plot(
                 numbers,
                 [points[n] for n in numbers],
-                "o-",
-                label=backend,
+                "o-" if output_len == rows[0]["output_len"] else "s--",
+                label=f"{backend}, {output_len} tokens each",
                 color=_BACKEND_COLORS[backend],
             )
         axis.set(title=title, xlabel="requests sent at once")

@@ -99,6 +99,9 @@ def start(spec: EngineSpec, log: str) -> dict:
         "enable_prefix_caching": False,
         # Attended tokens are counted on the host, which a CUDA graph has no room for.
         "enforce_eager": True,
+        # vLLM's 1,024 on large GPUs is more than there is scratch for at 32k tokens
+        # with clusters of 8.
+        "max_num_seqs": 128,
         **forcing.engine_args(is_cuda),
         **spec.args,
     }
