@@ -262,6 +262,35 @@ def test_ours_is_the_product(name, tokens_per_cluster):
     torch.testing.assert_close(actual, output, rtol=1e-4, atol=1e-4)
 
 
+def test_codes_come_near_exact_scores():
+    query, keys, values = context(1300)
+    grouped = query.unflatten(0, (keys.shape[0], -1))
+    weights = exact_logits(query, keys, SCALE).exp()
+
+    def error(spec):
+        index = index_of(spec, keys, values)
+        scores = index._scores(grouped)
+        errors = []
+        for head, labels in enumerate(index.labels):
+            for cluster in labels[labels >= 0].unique():
+                members = weights[head, :, : len(labels)][:, labels == cluster]
+                errors.append(scores[head, :, cluster] - members.mean(1).log())
+        return torch.stack(errors).abs().mean()
+
+    mean, half = error("ours-tail"), error("ours-coded")
+    most = error("ours-coded:bits=4,share=1")
+    assert most < half < mean
+    assert most < mean / 8
+
+
+def test_codes_are_counted():
+    query, keys, values = context(1000)
+    plain = select("ours", query, keys, values, 128).index_bytes
+    coded = select("ours-coded:tail=false", query, keys, values, 128).index_bytes
+    # Three pages, 32 of 64 dimensions, 2 bits.
+    assert coded - plain == 768 * 8
+
+
 def test_ours_clusters_alike_with_and_without_the_op(monkeypatch):
     query, keys, values = context(1300)
     expected = index_of("ours", keys, values)
@@ -333,6 +362,9 @@ def test_settings_from_text():
         "ours:vote=most": "vote must be one of",
         "ours:num_iters=x": "num_iters must be of type int",
         "ours:tokens_per_cluster=24": "tokens_per_cluster must divide",
+        "ours-coded:bits=5": "bits must be among",
+        "ours-coded:share=0": "share must be above 0",
+        "ours-coded:spread=false": "spread must be true",
     }.items():
         with pytest.raises(ValueError, match=message):
             make_method(wrong)
