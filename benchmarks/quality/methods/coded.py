@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""The product's clusters, scored by a few bits of each of their keys. Not in the product.
+"""The product's clusters, scored by a few bits of each key. Not in the product.
 
 A cluster's mean hides the one key among sixteen that a query asks for. Here the index
 also has, of each key, how it differs from its cluster's mean, in ``bits`` bits for each
@@ -36,7 +36,7 @@ class Coded(Ours):
     """
 
     bits: int = 2
-    share: float = 0.5
+    share: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
