@@ -281,6 +281,7 @@ def test_codes_come_near_exact_scores():
     mean, quarter = error("ours-tail"), error("ours-coded")
     most = error("ours-coded:bits=4,share=1")
     assert most < quarter < mean
+    assert error("ours-coded:best=true") < mean
     assert most < mean / 8
 
 

@@ -5,7 +5,8 @@
 A cluster's mean hides the one key among sixteen that a query asks for. Here the index
 also has, of each key, how it differs from its cluster's mean, in ``bits`` bits for each
 of the dimensions in which the page's keys are spread most. A cluster's score is the
-logarithm of the mean weight of its keys so restored.
+logarithm of the mean weight of its keys so restored or, with ``best``, what the best of
+them makes of that mean alone, if it is more than the product's score.
 """
 
 from dataclasses import dataclass
@@ -33,10 +34,12 @@ class Coded(Ours):
         bits: Of a dimension, 1 to 4.
         share: Of the dimensions that have bits, those of a page in which its keys are
             farthest from their means; above 0, at most 1.
+        best: Score by the best key instead of all: no sum of weights.
     """
 
     bits: int = 2
     share: float = 0.25
+    best: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,10 +133,13 @@ class CodedIndex(OursIndex):
         shape = (*scores.shape[:2], num_groups + 1)
         most = logits.new_full(shape, float("-inf"))
         most = most.scatter_reduce(2, where, logits, "amax")
+        counts = count_labels(self.labels, num_groups)[:, None]
+        log_counts = counts.clamp(min=1).log()
+        if self.method.best:
+            return torch.maximum(scores, most[..., :-1] - log_counts)
         weights = (logits - most.gather(2, where)).exp()
         sums = torch.zeros_like(most).scatter_add(2, where, weights)
-        counts = count_labels(self.labels, num_groups)[:, None]
-        coded = (most + sums.log())[..., :-1] - counts.clamp(min=1).log()
+        coded = (most + sums.log())[..., :-1] - log_counts
         return coded.where(counts > 0, scores)
 
     def _index_bytes(self, num_groups, num_selected) -> float | torch.Tensor:
