@@ -31,7 +31,6 @@ from vllm.v1.request import Request
 
 from vllm_clusterkv.recall.messages import (
     ClearSlot,
-    Command,
     IndexEntry,
     Orders,
     Release,
@@ -191,9 +190,7 @@ class RecallScheduler:
         self._num_late_copies = 0
         self._next_transfer = 0
         self._waiting: tuple[Request, int] | None = None
-        # Told to the worker by the next plan().
-        self._commands: list[Command] = []
-        self._reused_blocks: list[int] = []
+        self._orders = Orders()  # That the next plan() gives to the workers.
         # By request, (complete pages, num_frees) when none of its pages could leave.
         # Before one of both has changed it is not looked at again.
         self._fruitless: dict[str, tuple[int, int]] = {}
@@ -295,16 +292,12 @@ class RecallScheduler:
         waiting, self._waiting = self._waiting, None
         if self._spilled:
             self._move_tails(scheduler_output.num_scheduled_tokens)
-        transfers: list[Transfer] = []
         # A step without tokens does not index the pages that the last one filled.
         if scheduler_output.total_num_scheduled_tokens > 0:
             num_short = self._num_blocks_short(waiting, scheduler_output)
             if num_short > 0:
-                self._spill(scheduler_output, num_short, transfers)
-        if not (transfers or self._commands or self._reused_blocks):
-            return Orders()
-        orders = Orders(self._commands, self._reused_blocks, transfers)
-        self._commands, self._reused_blocks = [], []
+                self._spill(scheduler_output, num_short)
+        orders, self._orders = self._orders, Orders()
         return orders
 
     def acknowledge(self, completed: dict[int, int]) -> None:
@@ -380,7 +373,7 @@ class RecallScheduler:
     def _set_tail(self, spilled: _Spilled, num_computed: int) -> None:
         tail = num_computed // self._block_size
         blocks = self._manager.req_to_blocks[spilled.request.request_id]
-        self._commands.append(SetTail(spilled.slot, blocks[tail].block_id))
+        self._orders.commands.append(SetTail(spilled.slot, blocks[tail].block_id))
         spilled.tail_end = (tail + 1) * self._block_size
 
     def _num_blocks_short(
@@ -444,14 +437,12 @@ class RecallScheduler:
                 num_wanted -= 1
         return num_wanted
 
-    def _spill(
-        self, output: SchedulerOutput, num_short: int, transfers: list[Transfer]
-    ) -> None:
+    def _spill(self, output: SchedulerOutput, num_short: int) -> None:
         """Starts transfers that will free so many blocks, or as many as can be."""
         for request in self._victims(output):
             if num_short <= 0 or not self._free_host_pages or not self._num_may_start():
                 return
-            num_short -= self._spill_request(request, num_short, transfers)
+            num_short -= self._spill_request(request, num_short)
 
     def _num_may_start(self) -> int:
         return self._max_transfers - len(self._copies)
@@ -491,9 +482,7 @@ class RecallScheduler:
                 return
             yield request
 
-    def _spill_request(
-        self, request: Request, num_short: int, transfers: list[Transfer]
-    ) -> int:
+    def _spill_request(self, request: Request, num_short: int) -> int:
         """Starts transfers of a request's pages, first pages first.
 
         Returns:
@@ -542,7 +531,8 @@ class RecallScheduler:
                 continue
             assert spilled is not None
             pages = pages[: min(room, num_entries, num_short - gain)]
-            transfers.extend(self._start_copy(spilled, page) for page in pages)
+            for page_number in pages:
+                self._start_copy(spilled, page_number)
             gain += len(pages)
         return gain
 
@@ -562,7 +552,7 @@ class RecallScheduler:
             # May release clean pages, of other requests.
             spilled.hot_blocks = self._pool.get_new_blocks(self._num_hot_blocks)
         hot_blocks = tuple(block.block_id for block in spilled.hot_blocks)
-        self._commands.append(StartSlot(spilled.slot, hot_blocks))
+        self._orders.commands.append(StartSlot(spilled.slot, hot_blocks))
         self._set_tail(spilled, request.num_computed_tokens)
         return spilled
 
@@ -575,7 +565,7 @@ class RecallScheduler:
             for number in reversed(range(self._entries_per_block))
         )
 
-    def _start_copy(self, spilled: _Spilled, page_number: int) -> Transfer:
+    def _start_copy(self, spilled: _Spilled, page_number: int) -> None:
         block = self._manager.req_to_blocks[spilled.request.request_id][page_number]
         # The request's own reference holds the block until the copy is done.
         page = _Page(block, self._free_host_pages.pop(), spilled.free_entries.pop())
@@ -583,7 +573,9 @@ class RecallScheduler:
         number = self._next_transfer
         self._next_transfer += 1
         self._copies[number] = _Copy(spilled, page_number, page)
-        return Transfer(number, block.block_id, page.host_page, page.entry)
+        self._orders.transfers.append(
+            Transfer(number, block.block_id, page.host_page, page.entry)
+        )
 
     def _unpin(self, copy: _Copy) -> None:
         """Gives a copied page's block back to the pool, to be read until reused."""
@@ -608,13 +600,13 @@ class RecallScheduler:
         for spilled, page_number in owners:
             page = spilled.pages[page_number]
             page.state = _State.RELEASED
-            self._commands.append(
+            self._orders.commands.append(
                 Release(spilled.slot, page_number, page.host_page, page.entry)
             )
         self._num_clean -= len(owners)
         self._num_released += len(owners)
         self._total_released += len(owners)
-        self._reused_blocks.append(block.block_id)
+        self._orders.reused_blocks.append(block.block_id)
 
     def _end(self, request_id: str) -> None:
         """A request finished, was aborted or is preempted: gives back all it holds."""
@@ -624,7 +616,7 @@ class RecallScheduler:
         if spilled is None:
             return
         spilled.ended = True
-        self._commands.append(ClearSlot(spilled.slot))
+        self._orders.commands.append(ClearSlot(spilled.slot))
         self._free_slots.append(spilled.slot)
         for page_number, page in spilled.pages.items():
             if page.state is _State.COPYING:
