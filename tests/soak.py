@@ -62,7 +62,7 @@ def leaks(llm, num_blocks: int) -> dict[str, int]:
     for _ in range(3):
         llm.llm_engine.step()
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    counts = scheduler.connector._decisions.counts()
+    counts = scheduler.connector._decisions.books.counts()
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     return {
         "blocks": num_blocks - 1 - free,
@@ -148,7 +148,7 @@ def main() -> None:
         report["seconds"] = round(time.monotonic() - start)
         report["leaks"] = leaks(llm, args.blocks)
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        counts = scheduler.connector._decisions.counts()
+        counts = scheduler.connector._decisions.books.counts()
         report["pages_copied"] = counts.total_copied
         report["pages_released"] = counts.total_released
         report["copies_late"] = counts.total_late

@@ -54,7 +54,7 @@ def test_answers_are_those_of_resident_pages(
         answers = generate(llm, crowd, MAX_TOKENS)
         metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        counts = scheduler.connector._decisions.counts()
+        counts = scheduler.connector._decisions.books.counts()
         tier = tier_of(next(iter(attention_layers(llm))))
         counters = dict(zip(COUNTERS, tier.counters().tolist(), strict=True))
         free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()

@@ -87,8 +87,8 @@ def scheduler_of(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def tier_of(llm):
-    return scheduler_of(llm).connector._decisions
+def books_of(llm):
+    return scheduler_of(llm).connector._decisions.books
 
 
 def run(llm, crowd, at_step=None):
@@ -115,8 +115,7 @@ def assert_idle(llm):
     """Nothing is held once no request lives, and the prefix cache can be reset."""
     for _ in range(3):
         llm.llm_engine.step()
-    tier = tier_of(llm)
-    counts = tier.counts()
+    counts = books_of(llm).counts()
     assert counts.num_slots == counts.num_copying == 0
     assert counts.num_free_host_pages == llm_host_pages(llm)
     pool = scheduler_of(llm).kv_cache_manager.block_pool
@@ -129,13 +128,13 @@ def llm_host_pages(llm):
 
 
 def test_answers_while_pages_move(llm, crowd, answers, most_without_tier):
-    before = tier_of(llm).counts()
+    before = books_of(llm).counts()
     finished, most = run(llm, crowd)
     assert_equal([finished[str(i)] for i in range(NUM_REQUESTS)], answers)
-    released = tier_of(llm).counts().total_released - before.total_released
+    released = books_of(llm).counts().total_released - before.total_released
     assert released >= 4
     metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
-    counts = tier_of(llm).counts()
+    counts = books_of(llm).counts()
     prefix = "vllm:clusterkv_host"
     assert metrics[f"{prefix}_page_copies"] == counts.total_copied
     assert metrics[f"{prefix}_page_releases"] == counts.total_released
@@ -173,7 +172,7 @@ def test_prefix_hits_while_pages_move(llm, crowd, answers):
 def test_random_life(llm, crowd, answers):
     rng = random.Random(0)
     core, live, finished, aborted, added = llm.llm_engine, {}, {}, set(), 0
-    before = tier_of(llm).counts().total_released
+    before = books_of(llm).counts().total_released
     while added < 10 or core.has_unfinished_requests():
         if added < 10 and rng.random() < 0.25:
             live[f"r{added}"] = i = rng.randrange(NUM_REQUESTS)
@@ -191,7 +190,7 @@ def test_random_life(llm, crowd, answers):
     for name, answer in finished.items():
         assert_equal([answer], [answers[live[name]]])
     assert len(finished) + len(aborted) >= 10
-    assert tier_of(llm).counts().total_released > before
+    assert books_of(llm).counts().total_released > before
     assert_idle(llm)
 
 

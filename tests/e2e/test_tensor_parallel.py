@@ -84,7 +84,7 @@ def test_two_ranks_with_a_host_tier(random_llama, monkeypatch):
 
     def pages_moved(llm):
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        counts = scheduler.connector._decisions.counts()
+        counts = scheduler.connector._decisions.books.counts()
         assert counts.total_released >= 2 and counts.num_slots == 0
 
     lengths = [1500, 1400, 1300]

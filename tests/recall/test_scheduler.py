@@ -69,7 +69,7 @@ def test_without_pressure_nothing_is_ordered(tmp_path):
     while engine.scheduler.has_requests():
         engine.step()
         assert engine.orders == Orders()
-    assert engine.recall.counts().total_copied == 0
+    assert engine.books.counts().total_copied == 0
 
 
 def test_life_of_a_page(tmp_path):
@@ -88,7 +88,7 @@ def test_life_of_a_page(tmp_path):
     assert engine.orders.commands == [StartSlot(0), SetTail(0, held[6])]
     assert len({transfer.host_page for transfer in engine.orders.transfers}) == 5
     assert len({transfer.entry for transfer in engine.orders.transfers}) == 5
-    assert engine.recall.num_pending == engine.recall.num_pending_frees == 5
+    assert engine.books.num_pending == engine.books.num_pending_frees == 5
     assert blocks_of(engine, "a") == held
     assert engine.pool.get_num_free_blocks() == 2
     transfers = {t.block: t for t in engine.orders.transfers}
@@ -98,8 +98,8 @@ def test_life_of_a_page(tmp_path):
     # Clean: free for vLLM, and read by a; the workers' model has done so.
     assert engine.pool.get_num_free_blocks() == 2 + 5
     assert blocks_of(engine, "a")[1:6] == [engine.manager._null_block.block_id] * 5
-    assert engine.recall.counts().num_clean == 5
-    assert engine.recall.num_pending == 0
+    assert engine.books.counts().num_clean == 5
+    assert engine.books.num_pending == 0
 
     engine.step()
     # b takes two blocks that were free and three clean ones.
@@ -113,14 +113,14 @@ def test_life_of_a_page(tmp_path):
         page = held.index(block)
         transfer = transfers[block]
         assert command == Release(0, page, transfer.host_page, transfer.entry)
-    counts = engine.recall.counts()
+    counts = engine.books.counts()
     assert (counts.num_clean, counts.num_released) == (2, 3)
     assert (counts.total_copied, counts.total_released) == (5, 3)
 
     while engine.scheduler.has_requests():
         complete(engine)
         engine.step()
-    counts = engine.recall.counts()
+    counts = engine.books.counts()
     assert (counts.num_clean, counts.num_released, counts.num_slots) == (0, 0, 0)
     assert counts.num_free_host_pages == 64
     assert engine.pool.get_num_free_blocks() == 11
@@ -139,14 +139,14 @@ def test_a_copy_counts_when_all_ranks_have_completed_it(tmp_path):
     first, second = engine.workers
     first.pending[0].steps_left = 1
     engine.step()
-    assert engine.recall.num_pending == 2 and blocks_of(engine, "a")[:3] == held[:3]
+    assert engine.books.num_pending == 2 and blocks_of(engine, "a")[:3] == held[:3]
     first.pending[0].steps_left = second.pending[0].steps_left = 1
     engine.step()
-    assert engine.recall.num_pending == 1
+    assert engine.books.num_pending == 1
     assert blocks_of(engine, "a")[:3] == [held[0], 0, held[2]]
     second.pending[0].steps_left = 1
     engine.step()
-    assert engine.recall.num_pending == 0
+    assert engine.books.num_pending == 0
     assert blocks_of(engine, "a")[:3] == [held[0], 0, 0]
 
 
@@ -156,7 +156,7 @@ def test_an_ended_request_gives_back_all_but_host_pages_under_way(tmp_path, end)
     spill_all(engine, "a", num_tokens=13)
     while not engine.orders.transfers:
         engine.step()
-    assert engine.recall.counts().num_clean == 2 and engine.recall.num_pending == 1
+    assert engine.books.counts().num_clean == 2 and engine.books.num_pending == 1
 
     if end == "abort":
         engine.abort("a")
@@ -165,10 +165,10 @@ def test_an_ended_request_gives_back_all_but_host_pages_under_way(tmp_path, end)
     else:
         assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
     engine.check_books()
-    counts = engine.recall.counts()
+    counts = engine.books.counts()
     assert (counts.num_slots, counts.num_clean, counts.num_copying) == (0, 0, 1)
     assert counts.num_free_host_pages == 63
-    assert engine.recall.num_pending == 1 and engine.recall.num_pending_frees == 0
+    assert engine.books.num_pending == 1 and engine.books.num_pending_frees == 0
     # The engine must go on for the copy's sake.
     assert engine.scheduler.has_requests()
     engine.step()
@@ -179,8 +179,8 @@ def test_an_ended_request_gives_back_all_but_host_pages_under_way(tmp_path, end)
         engine.abort("a")
     complete(engine)
     engine.step()
-    assert engine.recall.counts().num_free_host_pages == 64
-    assert engine.recall.counts().total_late >= 1
+    assert engine.books.counts().num_free_host_pages == 64
+    assert engine.books.counts().total_late >= 1
     engine.drain()
     assert engine.pool.get_num_free_blocks() == 29
 
@@ -193,7 +193,7 @@ def test_a_slot_may_change_hands_within_a_step(tmp_path):
     engine.add("b", prompt(20, first=100), max_tokens=40)
     for _ in range(6):
         engine.step()
-    assert set(engine.recall._spilled) == {"a"}
+    assert set(engine.books.spilled) == {"a"}
     engine.abort("a")
     engine.step()
     tail = blocks_of(engine, "b")[engine.rows[0].num_computed // BLOCK]
@@ -212,17 +212,17 @@ def test_the_slot_s_owner_goes_first_then_the_longest(tmp_path):
     engine.add("short", prompt(13), max_tokens=60)
     engine.step()
     engine.step()
-    assert engine.recall.num_pending == 2
+    assert engine.books.num_pending == 2
     engine.add("long", prompt(29, first=100), max_tokens=60)
     engine.add("longer", prompt(38, first=200), max_tokens=60)
     for _ in range(2):
         engine.step()
-    assert list(engine.recall._spilled) == ["short", "longer", "long"]
+    assert list(engine.books.spilled) == ["short", "longer", "long"]
     assert pages_ordered(engine, "longer")[:8] == list(range(1, 9))
     complete(engine)
     for _ in range(4):  # Until the first has another page.
         engine.step()
-    assert engine.recall._spilled["short"].pages.keys() == {1, 2, 3}
+    assert engine.books.spilled["short"].pages.keys() == {1, 2, 3}
 
 
 def test_transfers_under_way_are_limited(tmp_path):
@@ -232,7 +232,7 @@ def test_transfers_under_way_are_limited(tmp_path):
     engine.add("a", prompt(50), max_tokens=60)
     for _ in range(4):
         engine.step()
-    assert engine.recall.num_pending == 3
+    assert engine.books.num_pending == 3
     complete(engine)
     engine.step()
     engine.step()
@@ -248,8 +248,8 @@ def test_a_host_pool_too_small(tmp_path, num_host_pages, num_spilled):
     engine.add("a", prompt(50), max_tokens=20)
     for _ in range(4):
         engine.step()
-    assert engine.recall.counts().total_copied == num_spilled
-    assert engine.recall.counts().num_slots == bool(num_spilled)
+    assert engine.books.counts().total_copied == num_spilled
+    assert engine.books.counts().num_slots == bool(num_spilled)
 
 
 def test_without_room_on_the_host_vllm_preempts(tmp_path):
@@ -270,7 +270,7 @@ def test_with_copies_under_way_vllm_waits_instead(tmp_path):
         engine.step()
         num_empty += not engine.rows
     assert engine.num_preemptions == 0
-    assert engine.recall.counts().total_released > 0
+    assert engine.books.counts().total_released > 0
     assert num_empty > 0
 
 
@@ -309,7 +309,7 @@ def test_a_resumed_request_keeps_its_pages_in_its_first_step(tmp_path):
     assert (row.num_computed, row.num_new, row.decodes) == (24, 1, False)
     assert engine.orders == Orders()
     engine.step()
-    assert engine.recall.counts().total_copied == 5
+    assert engine.books.counts().total_copied == 5
 
 
 def test_streaming_requests_keep_their_pages(tmp_path):
@@ -327,28 +327,26 @@ def test_shared_pages_stay_until_they_are_not(tmp_path):
     engine.add("b", prompt(28) + prompt(8, first=400), max_tokens=40)
     for _ in range(8):
         engine.step()
-    pages = {name: state.pages.keys() for name, state in engine.recall._spilled.items()}
+    pages = {name: state.pages.keys() for name, state in engine.books.spilled.items()}
     assert pages["a"] == pages["b"] == {7, 8, 9}
     assert engine.recall._fruitless
     engine.abort("b")
     engine.step()
     engine.step()
-    assert engine.recall._spilled["a"].pages.keys() >= {1, 2, 3, 4, 5, 6}
+    assert engine.books.spilled["a"].pages.keys() >= {1, 2, 3, 4, 5, 6}
 
 
 def test_a_clean_page_may_get_other_owners(tmp_path):
     engine = make_engine(tmp_path, num_blocks=30, watermark=ALL, max_transfers=6)
     spill_all(engine, "a", num_tokens=21)
-    held = {
-        state.block.block_id for state in engine.recall._spilled["a"].pages.values()
-    }
+    held = {state.block.block_id for state in engine.books.spilled["a"].pages.values()}
     # The same prompt: it hits a's clean pages, owns them, and spills them too.
     engine.add("b", prompt(21), max_tokens=60)
     engine.step()
     assert held <= set(blocks_of(engine, "b"))
     for _ in range(3):
         engine.step()
-    assert {block for block, o in engine.recall._owners.items() if len(o) == 2} == held
+    assert {block for block, o in engine.books._owners.items() if len(o) == 2} == held
     # Whoever takes them now takes them from both.
     engine.add("c", prompt(80, first=200), max_tokens=4)
     released: list[set[int]] = [set(), set()]
@@ -396,8 +394,8 @@ def test_the_tail_is_the_block_of_the_step_s_token_when_scheduling_ahead(tmp_pat
         engine.step()
         num_moves += kinds(engine.orders).count(SetTail)
         for row in engine.rows:
-            if row.request_id in engine.recall._spilled:
-                slot = engine.recall._spilled[row.request_id].slot
+            if row.request_id in engine.books.spilled:
+                slot = engine.books.spilled[row.request_id].slot
                 table = engine.workers[0].block_tables[row.request_id]
                 tail = engine.workers[0].tails[slot]
                 assert tail == table[row.num_computed // BLOCK]

@@ -66,7 +66,7 @@ def test_random_life(tmp_path, asynchronous, policy, settings):
     live(engine, rng, num_steps=2000)
     engine.drain()
 
-    counts = engine.recall.counts()
+    counts = engine.books.counts()
     # What was to be tested did happen.
     assert counts.total_released > 100
     assert counts.total_late > 10

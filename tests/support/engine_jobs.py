@@ -241,7 +241,7 @@ def run_with_host_tier(llm, moving: Round) -> Outcome:
     for _ in range(3):
         llm.llm_engine.step()
     scheduler = _scheduler(llm)
-    counts = scheduler.connector._decisions.counts()
+    counts = scheduler.connector._decisions.books.counts()
     pool = scheduler.kv_cache_manager.block_pool
     outcome.num_released = counts.total_released
     tier = tier_of(next(iter(attention_layers(llm))))

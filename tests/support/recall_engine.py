@@ -96,17 +96,19 @@ class RecallConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output):
         if connector_output.kv_connector_worker_meta is not None:
-            self.recall.acknowledge(connector_output.kv_connector_worker_meta.completed)
+            self.recall.books.acknowledge(
+                connector_output.kv_connector_worker_meta.completed
+            )
 
     def request_finished_all_groups(self, request, block_ids):
         self.recall.forget(request)
         return False, None
 
     def has_pending_block_frees(self):
-        return self.recall.num_pending_frees > 0
+        return self.recall.books.num_pending_frees > 0
 
     def has_pending_push_work(self):
-        return self.recall.num_pending > 0
+        return self.recall.books.num_pending > 0
 
     def start_load_kv(self, forward_context, **kwargs):
         raise NotImplementedError
@@ -315,7 +317,8 @@ class Engine:
 
     Attributes:
         scheduler: vLLM's.
-        recall: Its host tier.
+        recall: The host tier's decisions.
+        books: The host tier's books.
         workers: One a rank.
         orders: Of the last step.
         rows: Of the last step.
@@ -326,6 +329,7 @@ class Engine:
     def __init__(self, scheduler: Scheduler, delay, world_size: int) -> None:
         self.scheduler = scheduler
         self.recall: RecallScheduler = scheduler.connector.recall
+        self.books = self.recall.books
         self.manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         self.pool = scheduler.kv_cache_manager.block_pool
         self.truth = Truth()
@@ -340,8 +344,8 @@ class Engine:
         self._depth = 2 if isinstance(scheduler, AsyncScheduler) else 1
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self._prefill_lens: dict[str, int] = {}
-        self._num_host_pages = self.recall.counts().num_free_host_pages
-        self._max_slots = len(self.recall._free_slots)
+        self._num_host_pages = self.books.num_free_host_pages
+        self._max_slots = self.books.num_free_slots
         self._hasher = get_request_block_hasher(BLOCK, sha256)
 
     def add(
@@ -389,7 +393,7 @@ class Engine:
 
     def check_books(self) -> None:
         check_books(
-            self.recall,
+            self.books,
             self.manager,
             self.pool,
             self._num_host_pages,

@@ -28,13 +28,10 @@ from vllm_clusterkv import requirements
 from vllm_clusterkv.config import ClusterKVConfig
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 from vllm_clusterkv.recall import host_memory
+from vllm_clusterkv.recall.books import RecallCounts
 from vllm_clusterkv.recall.messages import Acknowledgement, Orders
 from vllm_clusterkv.recall.metrics import RecallPromMetrics, RecallStats
-from vllm_clusterkv.recall.scheduler import (
-    MIN_PAGES_FOR_INDEX_BLOCK,
-    RecallCounts,
-    RecallScheduler,
-)
+from vllm_clusterkv.recall.scheduler import MIN_PAGES_FOR_INDEX_BLOCK, RecallScheduler
 from vllm_clusterkv.recall.worker import HostTier, page_count, register_layers
 
 if TYPE_CHECKING:
@@ -175,7 +172,7 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
         acknowledgement = connector_output.kv_connector_worker_meta
         if acknowledgement is not None:
             assert isinstance(acknowledgement, Acknowledgement)
-            self._decisions.acknowledge(acknowledgement.completed)
+            self._decisions.books.acknowledge(acknowledgement.completed)
 
     def request_finished(
         self, request: "Request", block_ids: list[int]
@@ -190,16 +187,16 @@ class ClusterKVConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_block_frees(self) -> bool:
-        return self._decisions.num_pending_frees > 0
+        return self._decisions.books.num_pending_frees > 0
 
     def has_pending_push_work(self) -> bool:
-        return self._decisions.num_pending > 0
+        return self._decisions.books.num_pending > 0
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         if self._scheduler is None:
             taken = self._tier.take_counts() if self._tier is not None else None
             return None if taken is None else RecallStats(data=taken)
-        counts = self._scheduler.counts()
+        counts = self._scheduler.books.counts()
         # While it is in use, vLLM's log line has it each time.
         if counts == self._reported and not counts.num_slots:
             return None

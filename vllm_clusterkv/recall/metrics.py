@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 if TYPE_CHECKING:
-    from vllm_clusterkv.recall.scheduler import RecallCounts
+    from vllm_clusterkv.recall.books import RecallCounts
 
 GAUGES = {
     "num_resident": ("resident_pages", "Pages that requests hold in blocks"),
