@@ -104,7 +104,8 @@ class Layer:
             (len(buffer), layout.num_kv_heads, BLOCK_SIZE, row),
             (layout.page_bytes // layout.dtype.itemsize, BLOCK_SIZE * row, row, 1),
         )
-        self.index = (self.kv_cache, *layout.index_views(self.kv_cache))
+        *index, self.codes = layout.index_views(self.kv_cache)
+        self.index = (self.kv_cache, *index)
 
 
 def make_first_layer(case: Case, generator: torch.Generator) -> Layer:
@@ -161,6 +162,7 @@ class Semantic:
         self.all_sparse = torch.zeros(batch, dtype=torch.int32)
         self.all_dense = torch.full((batch,), 2**31 - 1, dtype=torch.int32)
         self.scores = torch.zeros(batch, heads, max_clusters)
+        self.estimates = torch.zeros_like(self.scores)
         self.tile_stats = torch.zeros(batch, heads, num_tiles(max_clusters), 2)
         self.selected = torch.zeros(batch, kv_heads, max_clusters, dtype=torch.uint8)
         self.num_attended = torch.zeros(batch, kv_heads, dtype=torch.int32)
@@ -177,10 +179,12 @@ class Semantic:
             ops.score_clusters(
                 self.query,
                 *layer.index,
+                layer.codes,
                 *rows,
                 self.scale,
                 CONFIG.num_sink_tokens,
                 self.scores,
+                self.estimates,
                 self.tile_stats,
             )
             scored = time.perf_counter_ns()
@@ -225,7 +229,7 @@ class Semantic:
             layer.block_table,
             self.seq_lens,
             min_sparse_lens,
-            self.scores,
+            self.estimates,
             self.selected,
             self.scale,
             CONFIG.num_sink_tokens,
@@ -328,7 +332,7 @@ def index_one_page(layers: list[Layer]) -> Side:
         layer = layers[layer_idx]
         block_ids = layer.block_table[0, :1].contiguous()
         start = time.perf_counter_ns()
-        ops.index_pages(*layer.index, block_ids, sinks, CONFIG.num_iters)
+        ops.index_pages(*layer.index, layer.codes, block_ids, sinks, CONFIG.num_iters)
         return {"index_pages": (time.perf_counter_ns() - start) / 1e3}
 
     return run

@@ -112,7 +112,7 @@ class Layers:
         return len(self.pages)
 
     def index(self, layer_idx: int) -> tuple[torch.Tensor, ...]:
-        """What the ops take of a layer: kv_cache, centroids, spreads, cluster_ends."""
+        """What all ops take of a layer: kv_cache, centroids, spreads, cluster_ends."""
         pages = self.pages[layer_idx]
         return pages.kv_cache, pages.centroids, pages.spreads, pages.cluster_ends
 
@@ -187,7 +187,11 @@ class Layers:
         ):
             if len(some_blocks):
                 ops.index_pages(
-                    *self.index(0), some_blocks, some_sinks, self.case.config.num_iters
+                    *self.index(0),
+                    self.pages[0].codes,
+                    some_blocks,
+                    some_sinks,
+                    self.case.config.num_iters,
                 )
 
 
@@ -227,6 +231,7 @@ class OpCalls:
         max_clusters = layers.block_table.shape[1] * case.config.num_clusters
         new = query.new_zeros
         self.scores = new((batch, heads, max_clusters), dtype=torch.float32)
+        self.estimates = torch.empty_like(self.scores)
         tiles = num_tiles(max_clusters)
         self.tile_stats = new((batch, heads, tiles, 2), dtype=torch.float32)
         self.selected = new((batch, kv_heads, max_clusters), dtype=torch.uint8)
@@ -254,10 +259,12 @@ class OpCalls:
         ops.score_clusters(
             layers.query,
             *layers.index(layer_idx),
+            layers.pages[layer_idx].codes,
             *layers.rows(layers.all_sparse),
             layers.case.scale,
             layers.case.config.num_sink_tokens,
             self.scores,
+            self.estimates,
             self.tile_stats,
         )
 
@@ -280,7 +287,7 @@ class OpCalls:
             layers.query,
             *layers.index(layer_idx),
             *layers.rows(layers.all_sparse),
-            self.scores,
+            self.estimates,
             self.selected,
             layers.case.scale,
             config.num_sink_tokens,
@@ -345,6 +352,7 @@ class IndexCall:
             pages.centroids,
             pages.spreads,
             pages.cluster_ends,
+            pages.codes,
             *self.lists[turn % len(self.lists)],
             self.layers.case.config.num_iters,
         )

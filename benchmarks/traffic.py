@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_clusterkv.page_layout import BLOCK_SIZE, num_tiles
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,21 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
 
     ``C`` clusters a row and KV head; half = head_size elements of the KV dtype:
 
-        score_clusters   query, C mean keys, spreads, C ends; scores (fp32, a query
-                         head), tile_stats (two fp32 for 16 clusters, a query head)
+        score_clusters   query, C mean keys, spreads, codes, C ends; scores and
+                         estimates (fp32, a query head), tile_stats (two fp32 for 16
+                         clusters, a query head)
         select_clusters  scores, tile_stats, C ends; C marks (one byte a KV head),
                          num_attended
         sparse_decode    query, C marks, C ends, attended keys and values, mean values
-                         and scores of the clusters left out; output
-        decode           the three as one: query, C mean keys, spreads, C ends,
+                         and estimates of the clusters left out; output
+        decode           the three as one: query, C mean keys, spreads, codes, C ends,
                          attended keys and values, mean values of the clusters left
                          out; output. Scores, stats and marks pass between the ops and
                          are nobody's result
         decode_dense, flash_attn, flashinfer, xformers
                          query, all keys and values; output
         index_pages      the pages' keys and values, read and written; means, spreads,
-                         ends
+                         codes, ends
 
     The block table, 4 bytes a page, is left out.
 
@@ -72,7 +73,10 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
         load: The call.
     """
     half = shape.head_size * shape.dtype.itemsize
-    spreads = shape.num_kv_heads * (half + shape.num_clusters * shape.dtype.itemsize)
+    layout = PageLayout(
+        shape.num_kv_heads, shape.head_size, shape.num_clusters, shape.dtype
+    )
+    spreads = layout.spread_bytes + shape.num_kv_heads * layout.code_bytes
     page_bytes = shape.num_kv_heads * BLOCK_SIZE * 2 * half
     if op == "index_pages":
         means = shape.num_kv_heads * shape.num_clusters * 2 * half
@@ -91,15 +95,20 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     exact = kv_heads * load.attended * 2 * half
     estimate = kv_heads * left_out * half
     dense = 2 * query + kv_heads * load.seq_len * 2 * half
-    scores_left_out = scores * left_out / clusters if clusters else 0
+    estimates_left_out = scores * left_out / clusters if clusters else 0
     a_row = {
-        "score_clusters": query + mean_keys + ends + scores + stats,
+        "score_clusters": query + mean_keys + ends + 2 * scores + stats,
         "select_clusters": scores
         + stats
         + ends
         + marks
         + kv_heads * torch.int32.itemsize,  # num_attended
-        "sparse_decode": 2 * query + marks + ends + exact + estimate + scores_left_out,
+        "sparse_decode": 2 * query
+        + marks
+        + ends
+        + exact
+        + estimate
+        + estimates_left_out,
         "decode": 2 * query + mean_keys + ends + exact + estimate,
         "decode_dense": dense,
         "flash_attn": dense,

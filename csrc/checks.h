@@ -111,6 +111,7 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
           centroids.data_ptr(),
           spreads.data_ptr(),
           static_cast<int16_t*>(cluster_ends.data_ptr()),
+          nullptr,
           kv_cache.stride(0),
           kv_cache.stride(1),
           kv_cache.stride(2),
@@ -122,6 +123,8 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
           spreads.stride(1),
           cluster_ends.stride(0),
           cluster_ends.stride(1),
+          0,
+          0,
           nullptr,
           0,
           0,
@@ -132,6 +135,22 @@ inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids
           block_size,
           num_clusters,
           row_size / 2};
+}
+
+inline void check_codes(const Tensor& kv_cache, const Tensor& codes, SemanticPages& pages) {
+  // Coded dimensions are some of the head's, and a byte each.
+  STD_TORCH_CHECK(pages.head_size >= 16 && pages.head_size <= 256,
+                  "kv_cache.size(3) / 2, the head_size, must be 16 to 256, got ", pages.head_size);
+  check_dim(codes, "codes", 3);
+  check_dtype(codes, "codes", ScalarType::Byte);
+  check_size(codes, "codes", 0, pages.num_blocks, "num_blocks");
+  check_size(codes, "codes", 1, pages.num_kv_heads, "num_kv_heads");
+  check_size(codes, "codes", 2, code_bytes(pages.head_size, kv_cache.element_size()),
+             "a head's code bytes");
+  check_dense_rows(codes, "codes");
+  pages.codes = static_cast<uint8_t*>(codes.data_ptr());
+  pages.codes_block_stride = codes.stride(0);
+  pages.codes_head_stride = codes.stride(1);
 }
 
 // Where pages' indexes are, for the rows of a batch.
@@ -147,7 +166,7 @@ inline void check_index_table(const Tensor& kv_cache, const OptionalTensor& inde
   check_size(t, "index_table", 0, rows.num_reqs, "num_reqs");
   check_size(t, "index_table", 1, rows.max_blocks, "max_blocks");
   check_dense_rows(t, "index_table");
-  // Entries count the same bytes in all three.
+  // Entries count the same bytes in all of them.
   const int64_t size = kv_cache.element_size(), bytes = pages.centroid_block_stride * size;
   STD_TORCH_CHECK(pages.spread_block_stride * size == bytes &&
                       pages.ends_block_stride * static_cast<int64_t>(sizeof(int16_t)) == bytes,
@@ -155,6 +174,13 @@ inline void check_index_table(const Tensor& kv_cache, const OptionalTensor& inde
                   "apart from block to block, got ",
                   bytes, ", ", pages.spread_block_stride * size, " and ",
                   pages.ends_block_stride * static_cast<int64_t>(sizeof(int16_t)));
+  if (pages.codes != nullptr) {
+    STD_TORCH_CHECK(pages.codes_block_stride == bytes,
+                    "with an index_table, codes must lie as many bytes apart from block to block "
+                    "as centroids (",
+                    bytes, "), got ", pages.codes_block_stride);
+    pages.codes_block_stride = kIndexUnit;
+  }
   rows.index_table = static_cast<const int32_t*>(t.data_ptr());
   rows.index_table_stride = t.stride(0);
   pages.centroid_block_stride = pages.spread_block_stride = kIndexUnit / size;
@@ -262,15 +288,17 @@ inline void check_num_sink_tokens(const SemanticPages& pages, int64_t num_sink_t
 
 inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& centroids,
                                           const Tensor& spreads, const Tensor& cluster_ends,
-                                          const Tensor& block_ids, const Tensor& num_sink_tokens,
-                                          int64_t num_iters) {
+                                          const Tensor& codes, const Tensor& block_ids,
+                                          const Tensor& num_sink_tokens, int64_t num_iters) {
   IndexPagesParams params{};
   check_devices(kv_cache, {{"centroids", centroids},
                            {"spreads", spreads},
                            {"cluster_ends", cluster_ends},
+                           {"codes", codes},
                            {"block_ids", block_ids},
                            {"num_sink_tokens", num_sink_tokens}});
   params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
+  check_codes(kv_cache, codes, params.pages);
   check_dim(block_ids, "block_ids", 1);
   check_dim(num_sink_tokens, "num_sink_tokens", 1);
   check_dtype(block_ids, "block_ids", ScalarType::Int);
@@ -286,27 +314,35 @@ inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& 
   return params;
 }
 
-inline ScoreClustersParams check_score_clusters(
-    const Tensor& query, const Tensor& kv_cache, const Tensor& centroids, const Tensor& spreads,
-    const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
-    const Tensor& min_sparse_lens, double scale, int64_t num_sink_tokens, const Tensor& scores,
-    const Tensor& tile_stats, const OptionalTensor& index_table) {
+inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tensor& kv_cache,
+                                                const Tensor& centroids, const Tensor& spreads,
+                                                const Tensor& cluster_ends, const Tensor& codes,
+                                                const Tensor& block_table, const Tensor& seq_lens,
+                                                const Tensor& min_sparse_lens, double scale,
+                                                int64_t num_sink_tokens, const Tensor& scores,
+                                                const Tensor& estimates, const Tensor& tile_stats,
+                                                const OptionalTensor& index_table) {
   ScoreClustersParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"centroids", centroids},
                            {"spreads", spreads},
                            {"cluster_ends", cluster_ends},
+                           {"codes", codes},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
                            {"scores", scores},
+                           {"estimates", estimates},
                            {"tile_stats", tile_stats}});
   params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
+  check_codes(kv_cache, codes, params.pages);
   check_query(params.pages, query, kv_cache, "query");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
   check_index_table(kv_cache, index_table, params.pages, params.rows);
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
+                    params.pages.num_clusters);
+  check_per_cluster(estimates, "estimates", ScalarType::Float, params.rows, params.rows.num_heads,
                     params.pages.num_clusters);
   check_tile_stats(tile_stats, params.rows, scores.size(2));
   check_num_sink_tokens(params.pages, num_sink_tokens);
@@ -316,6 +352,7 @@ inline ScoreClustersParams check_score_clusters(
   params.scale = static_cast<float>(scale);
   params.num_sink_tokens = num_sink_tokens;
   params.scores = static_cast<float*>(scores.data_ptr());
+  params.estimates = static_cast<float*>(estimates.data_ptr());
   params.tile_stats = static_cast<float*>(tile_stats.data_ptr());
   params.max_clusters = scores.size(2);
   return params;
@@ -368,7 +405,7 @@ inline SelectClustersParams check_select_clusters(
 inline SparseDecodeParams check_sparse_decode(
     const Tensor& query, const Tensor& kv_cache, const Tensor& centroids, const Tensor& spreads,
     const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
-    const Tensor& min_sparse_lens, const Tensor& scores, const Tensor& selected, double scale,
+    const Tensor& min_sparse_lens, const Tensor& estimates, const Tensor& selected, double scale,
     int64_t num_sink_tokens, bool tail_estimate, const Tensor& workspace, const Tensor& output,
     const OptionalTensor& index_table, const OptionalTensor& host_cache,
     const OptionalTensor& line_table) {
@@ -380,7 +417,7 @@ inline SparseDecodeParams check_sparse_decode(
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
-                           {"scores", scores},
+                           {"estimates", estimates},
                            {"selected", selected},
                            {"workspace", workspace},
                            {"output", output}});
@@ -395,7 +432,7 @@ inline SparseDecodeParams check_sparse_decode(
   check_size(output, "output", 0, params.rows.num_reqs, "num_reqs");
   check_size(output, "output", 1, params.rows.num_heads, "num_heads");
   const int64_t num_clusters = params.pages.num_clusters;
-  check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
+  check_per_cluster(estimates, "estimates", ScalarType::Float, params.rows, params.rows.num_heads,
                     num_clusters);
   check_per_cluster(selected, "selected", ScalarType::Byte, params.rows, params.pages.num_kv_heads,
                     num_clusters);
@@ -410,9 +447,9 @@ inline SparseDecodeParams check_sparse_decode(
   params.query = query.data_ptr();
   params.query_row_stride = query.stride(0);
   params.query_head_stride = query.stride(1);
-  params.scores = static_cast<const float*>(scores.data_ptr());
+  params.estimates = static_cast<const float*>(estimates.data_ptr());
   params.selected = static_cast<const uint8_t*>(selected.data_ptr());
-  params.max_clusters = scores.size(2);
+  params.max_clusters = estimates.size(2);
   params.scale = static_cast<float>(scale);
   params.num_sink_tokens = num_sink_tokens;
   params.tail_estimate = tail_estimate;

@@ -24,6 +24,10 @@ struct SemanticPages {
   void* spreads;          // [num_blocks, num_kv_heads, head_size + num_clusters] kv_dtype;
                           // of each head the profile, then the clusters' radii
   int16_t* cluster_ends;  // [num_blocks, num_kv_heads, num_clusters]; row after a cluster's last
+  // Of score_clusters and index_pages: [num_blocks, num_kv_heads, code_bytes(...)]; of each head
+  // num_coded_dims deviations in kv_dtype, as many dimensions in a byte each, ascending, and the
+  // steps. vllm_clusterkv/key_codes.py says where a key's bits are.
+  uint8_t* codes;
   int64_t kv_block_stride;
   int64_t kv_head_stride;
   int64_t kv_row_stride;
@@ -35,6 +39,8 @@ struct SemanticPages {
   int64_t spread_head_stride;
   int64_t ends_block_stride;
   int64_t ends_head_stride;
+  int64_t codes_block_stride;
+  int64_t codes_head_stride;
   // Pages outside of kv_cache, strided like it within a head: [num_host_pages, ...], or null.
   const void* host_cache;
   int64_t host_page_stride;
@@ -80,7 +86,8 @@ struct ScoreClustersParams {
   int64_t query_head_stride;
   float scale;
   int64_t num_sink_tokens;
-  float* scores;  // [num_reqs, num_heads, max_clusters]; contiguous
+  float* scores;     // [num_reqs, num_heads, max_clusters]; contiguous
+  float* estimates;  // as scores
   // [num_reqs, num_heads, num_tiles(max_clusters), 2]; contiguous. Of a tile's clusters with
   // tokens: max score, and sum of tokens * exp(score - max). None has tokens: -inf and 0.
   float* tile_stats;
@@ -122,7 +129,7 @@ struct SparseDecodeParams {
   const void* query;  // [num_reqs, num_heads, head_size] kv_dtype
   int64_t query_row_stride;
   int64_t query_head_stride;
-  const float* scores;      // [num_reqs, num_heads, max_clusters]; contiguous
+  const float* estimates;   // [num_reqs, num_heads, max_clusters]; contiguous
   const uint8_t* selected;  // [num_reqs, num_kv_heads, max_clusters]; contiguous
   int64_t max_clusters;
   float scale;
@@ -135,10 +142,31 @@ struct SparseDecodeParams {
   int64_t output_head_stride;
 };
 
-// What the variance of a cluster's logits adds to its score:
+// What the variance of a cluster's logits adds to its estimate:
 // min(kSpreadWeight * (sqrt(1 + variance) - 1), kSpreadMost).
 constexpr float kSpreadWeight = 0.75f;
 constexpr float kSpreadMost = 4.0f;
+
+// Codes of keys: steps of 16 columns, half the distance between two levels, in deviations, and
+// the bound of query times deviation, which is rounded to fp16.
+constexpr int64_t kCodeSteps = 16;
+constexpr float kCodeStep = 0.4978f;
+constexpr float kLargestWeight = 65504.0f;
+
+// Dimensions that a page's codes tell of.
+CLUSTERKV_HOST_DEVICE constexpr int64_t num_coded_dims(int64_t head_size) {
+  return head_size <= 64 ? 16 : (head_size + 127) / 128 * 32;
+}
+
+// Keys of a cluster that have codes, at most.
+CLUSTERKV_HOST_DEVICE constexpr int64_t num_coded_keys(int64_t num_clusters) {
+  return 16 * kCodeSteps / num_clusters;
+}
+
+// Bytes of a page and KV head's codes.
+CLUSTERKV_HOST_DEVICE constexpr int64_t code_bytes(int64_t head_size, int64_t element_size) {
+  return num_coded_dims(head_size) * (element_size + 1 + 4 * kCodeSteps);
+}
 
 // Rows that are recalled together.
 constexpr int64_t kLineRows = 8;

@@ -17,14 +17,16 @@ def test_bytes_of_the_docstring():
     assert LLAMA.kv_bytes == 1_048_576
     assert LLAMA.centroid_bytes == 65_536
     assert LLAMA.spread_bytes == 2_304
-    assert LLAMA.page_bytes == 1_116_672
-    assert LLAMA.overhead == pytest.approx(0.065, abs=5e-4)
+    assert LLAMA.ends_bytes == 256
+    assert LLAMA.num_kv_heads * LLAMA.code_bytes == 17_152
+    assert LLAMA.page_bytes == 1_134_080
+    assert LLAMA.overhead == pytest.approx(0.082, abs=5e-4)
 
 
 def test_stride_of_a_small_page():
     pages = Pages.poisoned(SMALL, 3)
-    assert SMALL.page_bytes == 2 * 69_888
-    assert pages.kv_cache.stride() == (69_888, 256 * 128, 128, 1)
+    assert SMALL.page_bytes == 2 * 70_912
+    assert pages.kv_cache.stride() == (70_912, 256 * 128, 128, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,19 +42,21 @@ def test_fields_are_apart_and_in_order(num_kv_heads, head_size, num_clusters, dt
         2: pages.centroids,
         4: pages.spreads,
         8: pages.cluster_ends,
+        16: pages.codes,
     }
     for number, field in fields.items():
         assert field.untyped_storage().data_ptr() == pages.buffer.data_ptr()
         byte_view(pages, field).add_(number)
     ends_bytes = 2 * num_kv_heads * num_clusters
     used = layout.used_bytes
-    expected = torch.tensor([1, 2, 4, 8, 0], dtype=torch.int8).repeat_interleave(
+    expected = torch.tensor([1, 2, 4, 8, 16, 0], dtype=torch.int8).repeat_interleave(
         torch.tensor(
             [
                 layout.kv_bytes,
                 layout.centroid_bytes,
                 layout.spread_bytes,
                 ends_bytes,
+                num_kv_heads * layout.code_bytes,
                 layout.page_bytes - used,
             ]
         )
@@ -79,17 +83,21 @@ def test_wider_pages_and_an_offset():
     kv_cache = storage.as_strided(
         (3, 2, BLOCK_SIZE, 128), (stride, 256 * 128, 128, 1), offset
     )
-    centroids, spreads, cluster_ends = SMALL.index_views(kv_cache)
+    centroids, spreads, cluster_ends, codes = SMALL.index_views(kv_cache)
     centroids[1] = 5
     spreads[1] = 6
     cluster_ends[1] = 7
+    codes[1] = 8
     start = offset + stride + SMALL.kv_bytes // 2
     middle = start + SMALL.centroid_bytes // 2
     ends = middle + SMALL.spread_bytes // 2
     assert (storage[start:middle] == 5).all()
     assert (storage[middle:ends] == 6).all()
     assert (storage.view(torch.int16)[ends : ends + 32] == 7).all()
-    assert storage.count_nonzero() == 2 * 16 * 128 + 2 * 80 + 32
+    of_codes = storage.view(torch.uint8)[2 * (ends + 32) :][: 2 * SMALL.code_bytes]
+    assert (of_codes == 8).all()
+    used = 2 * 16 * 128 + 2 * 80 + 32 + SMALL.code_bytes
+    assert storage.count_nonzero() == used
 
 
 @pytest.mark.parametrize(
@@ -109,7 +117,7 @@ def test_wider_pages_and_an_offset():
 def test_other_layouts_are_rejected(kv_cache):
     message = (
         r"kv_cache must be torch.bfloat16 of shape \(3, 2, 256, 128\) in the LBHNC "
-        r"layout with pages of at least 139776 bytes, got torch.*float16 of shape "
+        r"layout with pages of at least 141824 bytes, got torch.*float16 of shape "
         rf"\({', '.join(map(str, kv_cache.shape))}\) with strides"
     )
     with pytest.raises(ValueError, match=message):
@@ -118,4 +126,4 @@ def test_other_layouts_are_rejected(kv_cache):
 
 def test_an_odd_page_size_in_fp32_is_aligned():
     layout = PageLayout(num_kv_heads=1, head_size=1, num_clusters=8, dtype=FP32)
-    assert layout.page_bytes == 2_560  # 2048 + 64 + 16, rounded up
+    assert layout.page_bytes == 3_584  # 2048 + 64 + 36 + 16 + 1104, rounded up

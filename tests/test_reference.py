@@ -18,9 +18,9 @@ CLOSE = {"rtol": 2e-5, "atol": 1e-5}
 
 
 def attend(inputs, token_budget, tail_estimate=True):
-    scores = inputs.score(reference)
+    scores, estimates, _ = inputs.score_all(reference)
     selected, num_attended = inputs.select(reference, scores, token_budget)
-    output = inputs.decode(reference, scores, selected, tail_estimate=tail_estimate)
+    output = inputs.decode(reference, estimates, selected, tail_estimate=tail_estimate)
     return output, num_attended
 
 
@@ -31,7 +31,10 @@ def index_all(inputs):
         sinks = torch.zeros(len(blocks), dtype=torch.int32)
         sinks[:1] = inputs.num_sink_tokens
         reference.index_pages(
-            **inputs.pages.args(), block_ids=blocks, num_sink_tokens=sinks, num_iters=2
+            **inputs.pages.coded_args(),
+            block_ids=blocks,
+            num_sink_tokens=sinks,
+            num_iters=2,
         )
 
 
@@ -102,7 +105,7 @@ def test_an_indexed_page_holds_its_rows_and_their_means(dtype):
     before = torch.randn(2, BLOCK_SIZE, 128, generator=generator).to(dtype)
     pages.kv_cache[0] = before
     reference.index_pages(
-        **pages.args(),
+        **pages.coded_args(),
         block_ids=torch.tensor([0]),
         num_sink_tokens=torch.tensor([16]),
         num_iters=3,
@@ -124,22 +127,23 @@ def test_the_batched_references_agree(seed):
     case = draw_case(seed, "cpu")
     inputs, block_ids, num_sink_tokens = make_random_inputs(case, seed, "cpu")
     reference.index_pages(
-        **inputs.pages.args(),
+        **inputs.pages.coded_args(),
         block_ids=block_ids,
         num_sink_tokens=num_sink_tokens,
         num_iters=1,
     )
     batch = BatchedReference(inputs)
     live = batch.live[:, None]
-    scores = inputs.score(reference)
-    actual, bound = batch.scores()
+    scores, estimates, _ = inputs.score_all(reference)
+    actual, of_estimates, bound = batch.scores()
     assert (((actual - scores).abs() <= bound) | ~live).all()
+    assert (((of_estimates - estimates).abs() <= bound) | ~live).all()
     selected, _ = inputs.select(reference, scores, case.token_budget)
     chosen = batch.select(batch.rank_weights(scores), case.token_budget)
     assert torch.equal(chosen & live, (selected == 1) & live)
     options = {"tail_estimate": case.tail_estimate, "out_dtype": torch.float32}
-    expected = inputs.decode(reference, scores, selected, **options)
-    output, magnitude = batch.decode(scores, selected, case.tail_estimate)
+    expected = inputs.decode(reference, estimates, selected, **options)
+    output, magnitude = batch.decode(estimates, selected, case.tail_estimate)
     assert ((output - expected).abs() <= 1e-5 * magnitude).all()
 
 

@@ -30,12 +30,12 @@ KINDS = [
 
 def run_decode(case: cases.DecodeCase) -> None:
     inputs = make_decode_inputs(case).to("cuda")
-    scores, stats = inputs.score_with_stats(ops)
+    scores, estimates, stats = inputs.score_all(ops)
     selected, _ = inputs.select(ops, scores, case.token_budget, stats)
     for tail_estimate in (True, False):
         inputs.decode(
             ops,
-            scores,
+            estimates,
             selected,
             tail_estimate=tail_estimate,
             num_splits=case.num_splits,
@@ -48,7 +48,7 @@ def run_index(dtype: torch.dtype, head_size: int, tokens_per_cluster: int) -> No
     )
     inputs = make_decode_inputs(case).to("cuda")
     ops.index_pages(
-        **inputs.pages.args(),
+        **inputs.pages.coded_args(),
         block_ids=torch.tensor(
             [int(inputs.block_table[0, 0]), -1], dtype=torch.int32
         ).cuda(),

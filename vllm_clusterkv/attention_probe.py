@@ -115,6 +115,7 @@ class AttentionProbe:
         centroids,
         spreads,
         cluster_ends,
+        codes,
         block_ids,
         num_sink_tokens,
         num_iters,
@@ -127,6 +128,7 @@ class AttentionProbe:
             centroids,
             spreads,
             cluster_ends,
+            codes,
             block_ids,
             num_sink_tokens,
             num_iters,
@@ -161,8 +163,11 @@ class AttentionProbe:
         cluster_mass.scatter_add_(2, labels[:, None].expand_as(mass), mass)
 
         # Sparse attention, as ``reference.sparse_decode`` defines it.
-        scores = step.scores[0, :, :num_row_clusters].unflatten(0, (num_kv_heads, -1))
-        estimates = scores + counts.log()[:, None]
+        scores, estimates = (
+            of_clusters[0, :, :num_row_clusters].unflatten(0, (num_kv_heads, -1))
+            for of_clusters in (step.scores, step.estimates)
+        )
+        estimates = estimates + counts.log()[:, None]
         if not step.config.tail_estimate:
             estimates = torch.full_like(estimates, float("-inf"))
         estimates = estimates.masked_fill(selected[:, None], float("-inf"))

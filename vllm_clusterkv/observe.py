@@ -32,6 +32,7 @@ class DecodeStep:
     min_sparse_lens: torch.Tensor
     scale: float
     scores: torch.Tensor
+    estimates: torch.Tensor
     selected: torch.Tensor
     num_attended: torch.Tensor
     config: ClusterKVConfig

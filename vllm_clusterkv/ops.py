@@ -19,12 +19,14 @@ Shapes used throughout:
     cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16. Cluster ``c`` of a
                   page is its rows ``ends[c-1]`` to ``ends[c] - 1``; the first cluster
                   begins at row 0, or behind the sinks in a request's first page.
+    codes:        [num_blocks, num_kv_heads, code_bytes] uint8. Of each KV head what is
+                  kept of single keys (``key_codes.py``).
     block_table:  [num_reqs, max_blocks] int32. Pages of a row in kv_cache. For
                   ``sparse_decode``, ``-1 - h`` is page ``h`` of a host_cache.
     index_table:  [num_reqs, max_blocks] int32, or None. Where the indexes of a row's
                   pages are, where some are not behind their pages: units of 512 bytes
                   from the index of block 0. A block's bytes are then the same in
-                  centroids, spreads and cluster_ends.
+                  centroids, spreads, cluster_ends and codes.
     host_cache:   [num_host_pages, num_kv_heads, block_size, 2 * head_size], as
                   kv_cache, in CPU memory, pinned for CUDA; or None. Pages that have no
                   block, of whose rows ``sparse_decode`` reads the selected. A sparse
@@ -90,6 +92,7 @@ def index_pages(
     centroids: torch.Tensor,
     spreads: torch.Tensor,
     cluster_ends: torch.Tensor,
+    codes: torch.Tensor,
     block_ids: torch.Tensor,
     num_sink_tokens: torch.Tensor,
     num_iters: int,
@@ -102,8 +105,16 @@ def index_pages(
     not finite is not chosen). ``num_iters`` rounds assign each key to the centroid
     of the largest cosine (ties to the lowest cluster) and move each centroid to the
     mean of its unnormalised keys (an empty cluster stays). The rows are then sorted
-    by cluster, keeping their order within it; means of K and V, the spreads of K and
-    the cluster ends are stored. An empty cluster has zero means and no radius.
+    by cluster, keeping their order within it; means of K and V, the spreads of K, the
+    cluster ends and the codes of keys are stored. An empty cluster has zero means, no
+    radius, and zero codes.
+
+    Coded are the dimensions of the largest stored profile (ties to the lowest), whose
+    *deviation* is its root, in the pages' dtype. A key's code in one is how many of
+    ``-s``, 0 and ``s`` its difference from the stored mean reaches, ``s = 0.9956 *
+    deviation * radius``. Where a cluster has more keys than have codes, those are kept
+    that have the most codes of 0 or 3 (ties to the first); where it has fewer, the
+    same keys again.
 
     Attention over a set of past tokens does not depend on their order, so sorting
     a page changes no result. Deterministic.
@@ -113,6 +124,7 @@ def index_pages(
         centroids: Receives the means, computed in fp32.
         spreads: Receives the spreads, computed in fp32.
         cluster_ends: Receives the ends.
+        codes: Receives the codes.
         block_ids: [num_pages] int32. Pages to index, each once; -1 entries are skipped.
         num_sink_tokens: [num_pages] int32. Rows at the page's start that stay where
             they are and join no cluster: the attention sinks of a request's first
@@ -127,6 +139,7 @@ def index_pages(
         centroids,
         spreads,
         cluster_ends,
+        codes,
         block_ids,
         num_sink_tokens,
         num_iters,
@@ -139,24 +152,35 @@ def score_clusters(
     centroids: torch.Tensor,
     spreads: torch.Tensor,
     cluster_ends: torch.Tensor,
+    codes: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     min_sparse_lens: torch.Tensor,
     scale: float,
     num_sink_tokens: int,
     scores: torch.Tensor,
+    estimates: torch.Tensor,
     tile_stats: torch.Tensor,
     index_table: torch.Tensor | None = None,
 ) -> None:
     """Scores every cluster of every sparse row's indexed pages.
 
-    ``scores[r, h, c]`` is ``scale * query[r, h] . mean_key[c]``, with the means of
-    query head ``h``'s KV head, and what the spread of the keys around the mean adds,
-    ``min(0.75 * (sqrt(1 + variance) - 1), 4)``. ``variance`` is that of the logits of
-    the cluster's keys, as its page's profile has it: ``(scale * radius[c])**2 *
-    sum(query[r, h]**2 * profile)``, with squares in the query's dtype (in fp16, of a
-    16th of the query, cut at 255). A score estimates the logarithm of the keys' mean
-    weight.
+    ``scores[r, h, c]`` estimates the logarithm of the mean weight of a cluster's keys.
+    It is the larger of two.
+
+    By the *spread*: ``scale * query[r, h] . mean_key[c]``, with the means of query head
+    ``h``'s KV head, and ``min(0.75 * (sqrt(1 + variance) - 1), 4)``. ``variance`` is
+    that of the logits of the cluster's keys, as its page's profile has it: ``(scale *
+    radius[c])**2 * sum(query[r, h]**2 * profile)``, with squares in the query's dtype
+    (in fp16, of a 16th of the query, cut at 255).
+
+    By the best *coded key*: ``scale * query[r, h] . (mean_key[c] + off) -
+    log(count[c])``, with ``off = radius[c] * deviation * 0.4978 * (2 * code - 3)`` in
+    the coded dimensions, and the products ``query * deviation`` rounded to fp16 (cut at
+    65504).
+
+    ``estimates[r, h, c]`` is the same, but at most 4 above the mean key's logit: a
+    cluster stood in for by its mean weighs at most 55 times what that makes of it.
 
     For the softmax of the next op, ``tile_stats[r, h, t]`` is, of tile ``t``'s clusters
     that have tokens, the max of ``scores`` and the sum of ``count[c] *
@@ -169,11 +193,12 @@ def score_clusters(
         scale: Softmax scale, 1 / sqrt(head_size) as a rule.
         num_sink_tokens: Unclustered rows at the start of a request's first page.
         scores: [num_reqs, num_heads, max_clusters] fp32, contiguous. Written.
+        estimates: As scores. Written.
         tile_stats: [num_reqs, num_heads, num_tiles, 2] fp32, contiguous. Written: max
             and sum of each tile.
 
-    Source: ClusterKV (arXiv 2412.03213), selection by inner product; the spread is this
-    work.
+    Source: ClusterKV (arXiv 2412.03213), selection by inner product; spread and codes
+    are this work.
     """
     torch.ops.clusterkv.score_clusters.default(
         query,
@@ -181,12 +206,14 @@ def score_clusters(
         centroids,
         spreads,
         cluster_ends,
+        codes,
         block_table,
         seq_lens,
         min_sparse_lens,
         scale,
         num_sink_tokens,
         scores,
+        estimates,
         tile_stats,
         index_table,
     )
@@ -260,7 +287,7 @@ def sparse_decode(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     min_sparse_lens: torch.Tensor,
-    scores: torch.Tensor,
+    estimates: torch.Tensor,
     selected: torch.Tensor,
     scale: float,
     num_sink_tokens: int,
@@ -274,19 +301,18 @@ def sparse_decode(
     """Attends each row to its sinks, selected clusters and tail page.
 
     With ``tail_estimate``, every cluster left out is one more row: its mean value,
-    with the logit ``scores[c] + log(count[c])``. All rows share one softmax. A dense
+    with the logit ``estimates[c] + log(count[c])``. All rows share one softmax. A dense
     row attends to its first ``seq_len`` rows and nothing else. The output of a padding
     row is zero. Deterministic, and independent of the batch for a given number of
     splits.
 
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
-        scores: As ``select_clusters``; read with ``tail_estimate``, of all clusters
+        estimates: As ``score_clusters``; read with ``tail_estimate``, of all clusters
             with tokens. Must be ``score_clusters``'s: on CUDA, the means of all
             clusters come in and those of the selected ones are taken out again, which
             is exact as long as a selected cluster's mean does not outweigh its rows by
-            more than e^8 (it does by e^4 at most, for the spread, and by the rounding
-            of its key).
+            more than e^8 (it does by e^4 at most, and by the rounding of its key).
         selected: As ``select_clusters``.
         scale: Softmax scale.
         num_sink_tokens: Unclustered rows at the start of a request's first page.
@@ -308,7 +334,7 @@ def sparse_decode(
         block_table,
         seq_lens,
         min_sparse_lens,
-        scores,
+        estimates,
         selected,
         scale,
         num_sink_tokens,

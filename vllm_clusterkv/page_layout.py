@@ -6,6 +6,7 @@
     index = [ num_kv_heads ][ mean K | mean V ][ num_clusters ][ head_size ]
             [ num_kv_heads ][ profile of head_size | num_clusters radii ]
             [ num_kv_heads ][ num_clusters ] int16 cluster ends
+            [ num_kv_heads ][ codes of keys, bytes (``key_codes.py``) ]
     padding to a multiple of 512 bytes
 
 The index lives in the padding that ``page_size_padded`` adds behind the page, so
@@ -14,7 +15,7 @@ describes. A recycled page keeps the bytes of its former owner: an index is vali
 if, and only if, the page is complete.
 
 Llama-3.1-8B in bf16 (8 KV heads of 128, 16 clusters): K and V 1,048,576 bytes,
-index 65,536 + 2,304 + 256 bytes, page 1,116,672 bytes (6.5% more).
+index 65,536 + 2,304 + 256 + 17,152 bytes, page 1,134,080 bytes (8.2% more).
 """
 
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ MASS_EVERY = 64
 MASS_UNIT = 2**-20
 """In which ``recall`` counts mass."""
 
+NUM_STEPS = 16
+"""Steps of a page's codes: 16 times as many of its keys have codes at most."""
+
 INDEX_UNIT = 512
 """Bytes that an entry of an ``index_table`` counts; pages are multiples of it."""
 
@@ -55,6 +59,11 @@ INDEX_UNIT = 512
 def num_tiles(num_clusters: int) -> int:
     """Tiles that hold so many clusters, the last one perhaps in part."""
     return -(-num_clusters // TILE_CLUSTERS)
+
+
+def num_coded_dims(head_size: int) -> int:
+    """Dimensions that a page's codes tell of: a quarter of them, and 16 at least."""
+    return 16 if head_size <= 64 else 32 * -(-head_size // 128)
 
 
 @dataclass(frozen=True)
@@ -99,10 +108,22 @@ class PageLayout:
         )
 
     @property
+    def ends_bytes(self) -> int:
+        """Bytes of the cluster ends in a page's index."""
+        return self.num_kv_heads * self.num_clusters * torch.int16.itemsize
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a KV head's codes of keys in a page's index."""
+        return num_coded_dims(self.head_size) * (
+            self.dtype.itemsize + 1 + 4 * NUM_STEPS
+        )
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of a page with its index, but for the padding."""
-        ends_bytes = self.num_kv_heads * self.num_clusters * torch.int16.itemsize
-        return self.kv_bytes + self.centroid_bytes + self.spread_bytes + ends_bytes
+        index_bytes = self.centroid_bytes + self.spread_bytes + self.ends_bytes
+        return self.kv_bytes + index_bytes + self.num_kv_heads * self.code_bytes
 
     @property
     def page_bytes(self) -> int:
@@ -139,7 +160,7 @@ class PageLayout:
 
     def index_views(
         self, kv_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views of the index areas behind the pages of one layer.
 
         Args:
@@ -152,6 +173,7 @@ class PageLayout:
             spreads: [num_blocks, num_kv_heads, head_size + num_clusters] dtype. Of each
                 head the profile, then the clusters' radii.
             cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16.
+            codes: [num_blocks, num_kv_heads, code_bytes] uint8.
 
         Raises:
             ValueError: The view is not one of padded pages in the LBHNC layout.
@@ -200,10 +222,17 @@ class PageLayout:
         )
         ends_offset = offset * self.dtype.itemsize + self.centroid_bytes
         ends_offset += self.spread_bytes
-        cluster_ends = torch.empty(0, dtype=torch.int16, device=kv_cache.device).set_(
-            kv_cache.untyped_storage(),
+        storage, device = kv_cache.untyped_storage(), kv_cache.device
+        cluster_ends = torch.empty(0, dtype=torch.int16, device=device).set_(
+            storage,
             ends_offset // torch.int16.itemsize,
             (num_blocks, self.num_kv_heads, self.num_clusters),
             (block_bytes // torch.int16.itemsize, self.num_clusters, 1),
         )
-        return centroids, spreads, cluster_ends
+        codes = torch.empty(0, dtype=torch.uint8, device=device).set_(
+            storage,
+            ends_offset + self.ends_bytes,
+            (num_blocks, self.num_kv_heads, self.code_bytes),
+            (block_bytes, self.code_bytes, 1),
+        )
+        return centroids, spreads, cluster_ends, codes

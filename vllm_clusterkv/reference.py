@@ -7,6 +7,7 @@ Same names and arguments. Loops over rows, pages and heads; nothing here is fast
 
 import torch
 
+from vllm_clusterkv import key_codes
 from vllm_clusterkv.page_layout import (
     INDEX_UNIT,
     LINE_ROWS,
@@ -26,6 +27,7 @@ def index_pages(
     centroids,
     spreads,
     cluster_ends,
+    codes,
     block_ids,
     num_sink_tokens,
     num_iters,
@@ -45,6 +47,9 @@ def index_pages(
                 mean = members.mean(0) if len(members) else torch.zeros_like(rows[0])
                 centroids[block, head, :, c] = mean.view(2, head_size)
             spreads[block, head] = key_spread(keys, labels, num_clusters)
+            codes[block, head] = key_codes.encode(
+                keys, labels, centroids[block, head, 0], spreads[block, head]
+            )
             counts = torch.bincount(labels, minlength=num_clusters)
             cluster_ends[block, head] = sinks + counts.cumsum(0)
             # Last: in fp32, rows and keys are views of the cache.
@@ -151,12 +156,14 @@ def score_clusters(
     centroids,
     spreads,
     cluster_ends,
+    codes,
     block_table,
     seq_lens,
     min_sparse_lens,
     scale,
     num_sink_tokens,
     scores,
+    estimates,
     tile_stats,
     index_table=None,
 ) -> None:
@@ -167,20 +174,45 @@ def score_clusters(
         if seq_lens[req] < min_sparse_lens[req]:
             continue
         num_pages = _num_indexed(seq_lens, req, kv_cache.shape[2])
-        means, page_spreads, ends = _row_indexes(
-            (centroids, spreads, cluster_ends), block_table, index_table, req, num_pages
+        means, page_spreads, ends, page_codes = _row_indexes(
+            (centroids, spreads, cluster_ends, codes),
+            block_table,
+            index_table,
+            req,
+            num_pages,
         )
         for head in range(num_heads):
-            mean_keys = means[:, head // group, 0].float()
+            kv_head = head // group
+            mean_keys = means[:, kv_head, 0].float()
             mean_keys = mean_keys.reshape(-1, head_size)  # [row's clusters, head_size]
-            row = scale * (mean_keys @ query[req, head].float())
-            spread = page_spreads[:, head // group].float()
+            of_mean = scale * (mean_keys @ query[req, head].float())
+            spread = page_spreads[:, kv_head].float()
             squares = query_squares(query[req, head])
-            row += spread_score(squares, spread, scale).flatten()
+            row = of_mean + spread_score(squares, spread, scale).flatten()
+            counts = cluster_sizes(ends[:, kv_head], num_sink_tokens)
+            radii = scale * spread[:, head_size:]
+            decoded = key_codes.decode(
+                page_codes[:, kv_head], radii.shape[1], head_size, query.dtype
+            )
+            best = key_codes.best_key(query[req, head], decoded, radii)
+            row = best_score(row, of_mean, best.flatten(), counts)
             scores[req, head, : len(row)] = row
-            counts = cluster_sizes(ends[:, head // group], num_sink_tokens)
+            estimates[req, head, : len(row)] = row.minimum(of_mean + SPREAD_MOST)
             stats = softmax_stats(row, counts)
             tile_stats[req, head, : len(stats)] = stats
+
+
+def best_score(spread, of_mean, best, counts) -> torch.Tensor:
+    """A cluster's score: by its spread, or by its best coded key if that is more.
+
+    Args:
+        spread: [..., num_clusters] fp32. Logits of the mean keys with their spread.
+        of_mean: As spread. Logits of the mean keys.
+        best: As spread. By how much the best coded key's exceeds it.
+        counts: [..., num_clusters] int64; an empty cluster has no key.
+    """
+    of_best = of_mean + best - counts.clamp(min=1).log()
+    return torch.fmax(spread, torch.where(counts > 0, of_best, spread))
 
 
 def softmax_stats(scores, counts) -> torch.Tensor:
@@ -277,7 +309,7 @@ def sparse_decode(
     block_table,
     seq_lens,
     min_sparse_lens,
-    scores,
+    estimates,
     selected,
     scale,
     num_sink_tokens,
@@ -331,7 +363,7 @@ def sparse_decode(
                         attend(page[kv_head, start:end])
                     elif tail_estimate and count > 0:
                         log_count = torch.log(torch.tensor(float(count)))
-                        logits.append(scores[req, head, cluster, None] + log_count)
+                        logits.append(estimates[req, head, cluster, None] + log_count)
                         mean_value = means[i, kv_head, 1, c]
                         values.append(mean_value.float()[None])
                     start = end

@@ -13,6 +13,7 @@
 
 #include "../checks.h"
 #include "dispatch.h"
+#include "key_codes.h"
 
 namespace clusterkv::cpu {
 namespace {
@@ -34,6 +35,7 @@ struct Scratch {
   std::vector<float> nearest;      // [padded_rows], largest cosine to a chosen key
   std::vector<int32_t> labels;     // [padded_rows]
   std::vector<int32_t> counts;     // [num_clusters]
+  CodeWriter codes;
 };
 
 inline void add_row(const float* __restrict row, float* __restrict sum, int64_t n) {
@@ -252,9 +254,9 @@ void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t
   for (int64_t row = 0; row < s.num_rows; ++row) {
     std::copy_n(sorted.data() + row * row_size, row_size, rows + row * pages.kv_row_stride);
   }
-  store_spread(s, head_size, kNumClusters,
-               static_cast<T*>(pages.spreads) + block * pages.spread_block_stride +
-                   head * pages.spread_head_stride);
+  T* spread = static_cast<T*>(pages.spreads) + block * pages.spread_block_stride +
+              head * pages.spread_head_stride;
+  store_spread(s, head_size, kNumClusters, spread);
   // The centroids of the last round are the means of K, but for empty clusters.
   T* means = static_cast<T*>(pages.centroids) + block * pages.centroid_block_stride +
              head * pages.centroid_head_stride;
@@ -270,6 +272,9 @@ void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t
     store_row(key_mean, stored, head_size);
     store_row(value_mean, stored + pages.centroid_value_offset, head_size);
   }
+  s.codes.write(s.keys.data(), s.labels.data(), s.num_rows, means, pages.centroid_row_stride,
+                spread, head_size, kNumClusters,
+                pages.codes + block * pages.codes_block_stride + head * pages.codes_head_stride);
 }
 
 template <typename T>
@@ -299,9 +304,9 @@ void index_pages_kernel(const IndexPagesParams& p) {
 }
 
 void index_pages(Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor cluster_ends,
-                 Tensor block_ids, Tensor num_sink_tokens, int64_t num_iters) {
+                 Tensor codes, Tensor block_ids, Tensor num_sink_tokens, int64_t num_iters) {
   const IndexPagesParams params = check_index_pages(kv_cache, centroids, spreads, cluster_ends,
-                                                    block_ids, num_sink_tokens, num_iters);
+                                                    codes, block_ids, num_sink_tokens, num_iters);
   for (int64_t i = 0; i < params.num_pages; ++i) {
     const int64_t block = params.block_ids[i], sinks = params.num_sink_tokens[i];
     STD_TORCH_CHECK(block >= -1 && block < params.pages.num_blocks, "block_ids[", i,

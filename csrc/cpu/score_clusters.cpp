@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "../checks.h"
 #include "cluster_tokens.h"
 #include "dispatch.h"
+#include "key_codes.h"
 
 namespace clusterkv::cpu {
 namespace {
@@ -63,28 +65,51 @@ inline float rounded_square(float x, Half) {  // Half ends at 65504
   return 256.0f * static_cast<float>(static_cast<Half>(x * x));
 }
 
-// Adds to a page's scores what the spread of its keys does.
+// log(count) of every cluster size that a page can have; NaN for a cluster without keys.
+const float* log_counts() {
+  static const std::array<float, 257> table = [] {
+    std::array<float, 257> logs{};
+    logs[0] = std::numeric_limits<float>::quiet_NaN();
+    for (int i = 1; i < 257; ++i) logs[i] = std::log(static_cast<float>(i));
+    return logs;
+  }();
+  return table.data();
+}
+
+// Makes scores and estimates of a page's logits of mean keys.
 //   squares: [group, head_size] fp32, of the query
 //   spreads: [head_size + num_clusters], of the page and KV head
-//   scores: [group, num_clusters], rows max_clusters apart
+//   best: [group, num_clusters], from CodeReader::best_keys
+//   logs: [num_clusters], of tokens
+//   profile: [head_size + num_clusters], scratch
+//   scores: [group, num_clusters], rows max_clusters apart; logits before
+//   estimates: as scores
 template <typename T>
-void add_spread(const float* squares, float scale, const T* spreads, const SemanticPages& pages,
-                int64_t group, int64_t max_clusters, float* profile, float* scores) {
+void score_page(const float* __restrict squares, float scale, const T* spreads,
+                const SemanticPages& pages, int64_t group, int64_t max_clusters,
+                const float* __restrict best, const float* __restrict logs,
+                float* __restrict profile, float* __restrict scores, float* __restrict estimates) {
   const int64_t head_size = pages.head_size, num_clusters = pages.num_clusters;
   float* radii = profile + head_size;
   load_packed(spreads, profile, head_size);  // in the order of the squares
   load_row(spreads + head_size, radii, num_clusters);
   for (int64_t c = 0; c < num_clusters; ++c) radii[c] *= scale;
   for (int64_t g = 0; g < group; ++g) {
-    const float* of_query = squares + g * head_size;
-    float variance = 0.0f;
-#pragma omp simd reduction(+ : variance)
-    for (int64_t d = 0; d < head_size; ++d) variance += of_query[d] * profile[d];
+    const float variance = dot(squares + g * head_size, profile, head_size);
+    const float* best_of_head = best + g * num_clusters;
     float* of_head = scores + g * max_clusters;
+    float* estimates_of_head = estimates + g * max_clusters;
 #pragma omp simd
     for (int64_t c = 0; c < num_clusters; ++c) {
+      const float of_mean = of_head[c];
       const float root = std::sqrt(1.0f + variance * radii[c] * radii[c]);
-      of_head[c] += std::min(kSpreadWeight * (root - 1.0f), kSpreadMost);
+      const float by_spread = of_mean + std::min(kSpreadWeight * (root - 1.0f), kSpreadMost);
+      const float by_best = of_mean + kCodeStep * radii[c] * best_of_head[c] - logs[c];
+      // The larger, and of a NaN and a number the number.
+      const float number = by_spread == by_spread ? by_spread : by_best;
+      const float score = by_best > by_spread ? by_best : number;
+      of_head[c] = score;
+      estimates_of_head[c] = std::min(score, of_mean + kSpreadMost);
     }
   }
 }
@@ -102,6 +127,8 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
     std::vector<float> query(group * head_size), squares(group * head_size);
     std::vector<float> tokens(kPagesPerTask * pages.num_clusters);
     std::vector<float> profile(head_size + pages.num_clusters);
+    std::vector<float> best(group * pages.num_clusters), logs(pages.num_clusters);
+    CodeReader codes(group, head_size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, head = task / chunks % pages.num_kv_heads;
       const int64_t req = task / chunks / pages.num_kv_heads;
@@ -113,15 +140,18 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
       const int64_t first_head = head * group;
       for (int64_t g = 0; g < group; ++g) {
         float* q = query.data() + g * head_size;
-        load_packed(static_cast<const T*>(p.query) + req * p.query_row_stride +
-                        (first_head + g) * p.query_head_stride,
-                    q, head_size);
+        const T* of_head = static_cast<const T*>(p.query) + req * p.query_row_stride +
+                           (first_head + g) * p.query_head_stride;
+        codes.set_query(g, of_head);
+        load_packed(of_head, q, head_size);
         for (int64_t d = 0; d < head_size; ++d) {
           squares[g * head_size + d] = rounded_square(q[d], T());
           q[d] *= p.scale;
         }
       }
-      float* scores = p.scores + (req * rows.num_heads + first_head) * p.max_clusters;
+      const int64_t first_score = (req * rows.num_heads + first_head) * p.max_clusters;
+      float* scores = p.scores + first_score;
+      float* estimates = p.estimates + first_score;
       const auto centroids_of = [&](int64_t page) {
         const int64_t place = rows.index_table[req * rows.index_table_stride + page];
         return static_cast<const T*>(pages.centroids) + place * pages.centroid_block_stride +
@@ -132,6 +162,11 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
         return static_cast<const T*>(pages.spreads) + place * pages.spread_block_stride +
                head * pages.spread_head_stride;
       };
+      const auto codes_of = [&](int64_t page) {
+        const int64_t place = rows.index_table[req * rows.index_table_stride + page];
+        return pages.codes + place * pages.codes_block_stride + head * pages.codes_head_stride;
+      };
+      const int64_t size_of_codes = code_bytes(head_size, sizeof(T));
       // Every page is a new place in memory: find all of them before reading any.
       const int64_t first_page = chunk * kPagesPerTask;
       for (int64_t page = first_page; page < last; ++page) {
@@ -139,9 +174,11 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
         prefetch(centroids_of(page) + (pages.num_clusters - 1) * pages.centroid_row_stride, 1);
         prefetch(spreads_of(page), head_size + pages.num_clusters);
         prefetch(ends_of_page(pages, rows, req, head, page), pages.num_clusters);
+        prefetch(codes_of(page), page == first_page ? size_of_codes : 1);
       }
       for (int64_t page = first_page; page < last; ++page) {
         const T* centroids = centroids_of(page);
+        if (page + 1 < last) prefetch(codes_of(page + 1), size_of_codes);
         for (int64_t c = 0; c < pages.num_clusters; c += kDotRows) {
           const T* keys[kDotRows];
           for (int i = 0; i < kDotRows; ++i) {
@@ -153,11 +190,17 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
                                              out + first * p.max_clusters, p.max_clusters);
           });
         }
-        add_spread(squares.data(), p.scale, spreads_of(page), pages, group, p.max_clusters,
-                   profile.data(), scores + page * pages.num_clusters);
+        float* of_page = tokens.data() + (page - first_page) * pages.num_clusters;
         count_page_tokens(ends_of_page(pages, rows, req, head, page), pages.num_clusters, page,
-                          p.num_sink_tokens,
-                          tokens.data() + (page - first_page) * pages.num_clusters);
+                          p.num_sink_tokens, of_page);
+        for (int64_t c = 0; c < pages.num_clusters; ++c) {
+          logs[c] = log_counts()[static_cast<int64_t>(of_page[c])];
+        }
+        codes.best_keys<T>(codes_of(page), pages.num_clusters, best.data());
+        const int64_t first_of_page = page * pages.num_clusters;
+        score_page(squares.data(), p.scale, spreads_of(page), pages, group, p.max_clusters,
+                   best.data(), logs.data(), profile.data(), scores + first_of_page,
+                   estimates + first_of_page);
       }
       const int64_t max_tiles = num_tiles(p.max_clusters);
       const int64_t first_cluster = first_page * pages.num_clusters;
@@ -182,12 +225,12 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
 }
 
 void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
-                    Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
+                    Tensor cluster_ends, Tensor codes, Tensor block_table, Tensor seq_lens,
                     Tensor min_sparse_lens, double scale, int64_t num_sink_tokens, Tensor scores,
-                    Tensor tile_stats, OptionalTensor index_table) {
+                    Tensor estimates, Tensor tile_stats, OptionalTensor index_table) {
   const ScoreClustersParams params = check_score_clusters(
-      query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens, min_sparse_lens,
-      scale, num_sink_tokens, scores, tile_stats, index_table);
+      query, kv_cache, centroids, spreads, cluster_ends, codes, block_table, seq_lens,
+      min_sparse_lens, scale, num_sink_tokens, scores, estimates, tile_stats, index_table);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
                               score_clusters_kernel<scalar_t>(params));
 }

@@ -98,8 +98,8 @@ class GroupAttention {
         sum_(group) {}
 
   void reset(const SparseDecodeParams& p, int64_t req, int64_t first_head) {
-    scores_ = p.scores + (req * p.rows.num_heads + first_head) * p.max_clusters;
-    score_stride_ = p.max_clusters;
+    estimates_ = p.estimates + (req * p.rows.num_heads + first_head) * p.max_clusters;
+    estimate_stride_ = p.max_clusters;
     for (int64_t g = 0; g < group_; ++g) {
       float* q = query_.data() + g * head_size_;
       load_packed(static_cast<const T*>(p.query) + req * p.query_row_stride +
@@ -153,10 +153,10 @@ class GroupAttention {
     const int32_t* clusters = list.clusters() + begin;
     const float* log_counts = list.log_counts() + begin;
     for (int64_t g = 0; g < group_; ++g) {
-      const float* scores = scores_ + g * score_stride_;
+      const float* estimates = estimates_ + g * estimate_stride_;
       float* logits = logits_.data() + g * kTileRows;
 #pragma omp simd
-      for (int64_t i = 0; i < num_rows; ++i) logits[i] = scores[clusters[i]] + log_counts[i];
+      for (int64_t i = 0; i < num_rows; ++i) logits[i] = estimates[clusters[i]] + log_counts[i];
     }
     attend_tile(list.means() + begin, 0, num_rows, std::min(kTileRows, num_left));
   }
@@ -217,8 +217,8 @@ class GroupAttention {
   std::vector<float> logits_;  // [group, kTileRows]
   std::vector<float> output_;  // [group, head_size], in packed order
   std::vector<float> max_, sum_;
-  const float* scores_ = nullptr;
-  int64_t score_stride_ = 0;
+  const float* estimates_ = nullptr;
+  int64_t estimate_stride_ = 0;
 };
 
 // Indexed pages and the tail page; a padding row has none.
@@ -352,13 +352,13 @@ void sparse_decode_kernel(const SparseDecodeParams& p) {
 
 void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
                    Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
-                   Tensor scores, Tensor selected, double scale, int64_t num_sink_tokens,
+                   Tensor estimates, Tensor selected, double scale, int64_t num_sink_tokens,
                    bool tail_estimate, Tensor workspace, Tensor output, OptionalTensor index_table,
                    OptionalTensor host_cache, OptionalTensor line_table) {
   const SparseDecodeParams params =
       check_sparse_decode(query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
-                          min_sparse_lens, scores, selected, scale, num_sink_tokens, tail_estimate,
-                          workspace, output, index_table, host_cache, line_table);
+                          min_sparse_lens, estimates, selected, scale, num_sink_tokens,
+                          tail_estimate, workspace, output, index_table, host_cache, line_table);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "sparse_decode",
                               sparse_decode_kernel<scalar_t>(params));
 }

@@ -53,9 +53,9 @@ void with_head_size(const LaunchContext& context, const IndexPagesParams& params
 }
 
 void index_pages(Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor cluster_ends,
-                 Tensor block_ids, Tensor num_sink_tokens, int64_t num_iters) {
+                 Tensor codes, Tensor block_ids, Tensor num_sink_tokens, int64_t num_iters) {
   const IndexPagesParams params = check_index_pages(kv_cache, centroids, spreads, cluster_ends,
-                                                    block_ids, num_sink_tokens, num_iters);
+                                                    codes, block_ids, num_sink_tokens, num_iters);
   STD_TORCH_CHECK(params.pages.block_size == kPageRows, kOp, ": pages must be of ", kPageRows,
                   " tokens on CUDA, got ", params.pages.block_size);
   const SemanticPages& pages = params.pages;
@@ -64,6 +64,7 @@ void index_pages(Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor clust
   check_aligned(kOp, "centroids", pages.centroids,
                 {pages.centroid_block_stride, pages.centroid_head_stride,
                  pages.centroid_value_offset, pages.centroid_row_stride});
+  check_codes_aligned(kOp, pages);
   if (params.num_pages == 0) return;
   const LaunchContext context(kOp, kv_cache);
   CLUSTERKV_DISPATCH_CUDA_DTYPE(kv_cache.scalar_type(), kOp,

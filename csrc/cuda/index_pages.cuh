@@ -2,22 +2,23 @@
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
 // index_pages, a thread block of 256 for each (page, KV head): clusters the keys
-// (page_kmeans.cuh), sorts the page's rows and writes its index. The page's keys, then its
-// values, are in shared memory, so that the head's rows are read once and written once:
-// 1 KB a token at head size 128.
+// (page_kmeans.cuh), codes them (page_codes.cuh), sorts the page's rows and writes its index. The
+// page's keys, then its values, are in shared memory, so that the head's rows are read once and
+// written once: 1 KB a token at head size 128.
 #pragma once
 
 #include <cstdint>
 
 #include "../params.h"
-#include "page_kmeans.cuh"
+#include "page_codes.cuh"
 #include "ptx.cuh"
 
 namespace clusterkv::cuda {
 
 template <typename T, int kHeadSize, int kNumClusters>
-class PageIndexer : public PageKMeans<T, kHeadSize, kNumClusters> {
-  using KMeans = PageKMeans<T, kHeadSize, kNumClusters>;
+class PageIndexer : public PageCoder<T, kHeadSize, kNumClusters> {
+  using Coder = PageCoder<T, kHeadSize, kNumClusters>;
+  using KMeans = typename Coder::KMeans;
   using KMeans::address;
   using KMeans::chunk_at;
   using KMeans::count;
@@ -44,12 +45,12 @@ class PageIndexer : public PageKMeans<T, kHeadSize, kNumClusters> {
   using KMeans::words;
 
  public:
-  using KMeans::KMeans;
+  using Coder::Coder;
 
   // Sorts keys and values, in place: a slab is in shared memory before any of it is
-  // written. `means`, `spreads` and `ends` are this head's in the index.
+  // written. `means`, `spreads`, `ends` and `codes` are this head's in the index.
   __device__ void finish(T* means, int64_t value_offset, int64_t mean_stride, T* spreads,
-                         int16_t* ends) {
+                         int16_t* ends, uint8_t* codes) {
     prefetch_values();
     sort(ends);
     if (threadIdx.x < kNumClusters) {
@@ -68,6 +69,7 @@ class PageIndexer : public PageKMeans<T, kHeadSize, kNumClusters> {
       store_sorted(0, slab);
     }
     store_spread(first, variances, spreads);
+    this->store_codes(means, mean_stride, spreads, codes);
 #pragma unroll 1
     for (int slab = 0; slab < kNumSlabs; ++slab) {
       hold(1, slab);
@@ -270,7 +272,8 @@ __global__ void __launch_bounds__(kPageRows, index_pages_blocks(kHeadSize, kNumC
       pages.centroid_value_offset, pages.centroid_row_stride,
       static_cast<T*>(pages.spreads) + block * pages.spread_block_stride +
           head * pages.spread_head_stride,
-      pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride);
+      pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride,
+      pages.codes + block * pages.codes_block_stride + head * pages.codes_head_stride);
 }
 
 }  // namespace clusterkv::cuda

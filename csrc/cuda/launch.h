@@ -25,6 +25,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "../params.h"
+
 // Runs the statements with `scalar_t` bound to the CUDA type of the KV cache's
 // elements. CUDA kernels take 16-bit caches; fp32 is for CPUs.
 #define CLUSTERKV_DISPATCH_CUDA_DTYPE(DTYPE, OP, ...)                                         \
@@ -52,6 +54,12 @@ inline void check_aligned(const char* op, const char* name, const void* pointer,
   for (const int64_t stride : strides) aligned = aligned && stride % 8 == 0;
   STD_TORCH_CHECK(aligned, op, ": ", name, " must be aligned to ", bytes,
                   " bytes, each row of it too, on CUDA");
+}
+
+inline void check_codes_aligned(const char* op, const SemanticPages& pages) {
+  const bool aligned = reinterpret_cast<uintptr_t>(pages.codes) % 16 == 0 &&
+                       pages.codes_block_stride % 16 == 0 && pages.codes_head_stride % 16 == 0;
+  STD_TORCH_CHECK(aligned, op, ": codes must be aligned to 16 bytes, each head of it too, on CUDA");
 }
 
 // Makes the tensor's device current for its lifetime, and launches on the stream

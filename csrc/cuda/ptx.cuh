@@ -131,6 +131,12 @@ __device__ __forceinline__ int load_now(const int32_t* pointer) {
   return value;
 }
 
+__device__ __forceinline__ int load_now(const int16_t* pointer) {
+  int value;
+  asm volatile("ld.global.s16 %0, [%1];\n" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ float2 load_now(const float2* pointer) {
   float2 value;
   asm volatile("ld.global.v2.f32 {%0, %1}, [%2];\n"
@@ -162,6 +168,14 @@ __device__ __forceinline__ float fast_sqrt(float value) {
   float root;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
   return root;
+}
+
+// `value`, or the nearer of -bound and bound if that is closer to zero. Not a number stays so.
+__device__ __forceinline__ float clamp_or_nan(float value, float bound) {
+  float below, result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(below) : "f"(value), "f"(bound));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(below), "f"(-bound));
+  return result;
 }
 
 // 2^value, subnormal results flushed to zero.

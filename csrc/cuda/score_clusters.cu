@@ -10,19 +10,27 @@ namespace {
 
 // As many as are resident at head size 128: enough that all mean keys of a small batch
 // are under way at once.
-constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kBlocksPerMultiprocessor = 3;
 
 void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
-                    Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
+                    Tensor cluster_ends, Tensor codes, Tensor block_table, Tensor seq_lens,
                     Tensor min_sparse_lens, double scale, int64_t num_sink_tokens, Tensor scores,
-                    Tensor tile_stats, OptionalTensor index_table) {
+                    Tensor estimates, Tensor tile_stats, OptionalTensor index_table) {
   const ScoreClustersParams params = check_score_clusters(
-      query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens, min_sparse_lens,
-      scale, num_sink_tokens, scores, tile_stats, index_table);
+      query, kv_cache, centroids, spreads, cluster_ends, codes, block_table, seq_lens,
+      min_sparse_lens, scale, num_sink_tokens, scores, estimates, tile_stats, index_table);
   check_decode_shapes("score_clusters", params.pages, params.rows);
   check_aligned("score_clusters", "query", params.query,
                 {params.query_row_stride, params.query_head_stride});
+  check_codes_aligned("score_clusters", params.pages);
   check_aligned("score_clusters", "tile_stats", params.tile_stats, {}, 8);
+  for (const int64_t stride : {params.pages.centroid_block_stride, params.pages.spread_block_stride,
+                               params.pages.ends_block_stride, params.pages.codes_block_stride}) {
+    STD_TORCH_CHECK(stride <= INT32_MAX,
+                    "score_clusters: block strides must be below 2^31 on "
+                    "CUDA, got ",
+                    stride);
+  }
   const int64_t max_tiles = num_tiles(params.max_clusters);
   if (params.rows.num_reqs == 0 || max_tiles == 0) return;
   const LaunchContext context("score_clusters", kv_cache);
@@ -36,8 +44,16 @@ void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spre
   dispatch_decode(
       kv_cache.scalar_type(), "score_clusters", params.pages, params.rows, [&](auto shape) {
         using S = decltype(shape);
-        context.launch_pdl(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles>, grid,
-                           dim3(kScoreWarps * 32), 0, params);
+        using Shared = ScoreShared<typename S::T, S::kHeadSize, S::kHeadTiles>;
+        const auto launch = [&](auto kernel) {
+          context.launch_pdl(kernel, grid, dim3(kScoreThreads),
+                             Shared::bytes(params.pages.num_clusters), params);
+        };
+        if (params.pages.num_clusters == 8) {
+          launch(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles, true>);
+        } else {
+          launch(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles, false>);
+        }
       });
 }
 

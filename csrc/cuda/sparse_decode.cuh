@@ -60,7 +60,7 @@ struct DecodeRow {
   const int16_t* cluster_ends;
   const int32_t* block_table;
   const int32_t* index_table;
-  const float* scores;      // [group, max_clusters]
+  const float* estimates;   // [group, max_clusters]
   const uint8_t* selected;  // [max_clusters]
   int seq_len;
   int num_pages;  // indexed
@@ -158,7 +158,7 @@ __device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>&
     cp_async_commit();
   };
   // What the logits of means g and g + 8 are made of.
-  float scores[kHeadTiles][4];
+  float estimates[kHeadTiles][4];
   int ends[2], previous_ends[2];
   const auto load_logits = [&](int tile, const Places& places) {
 #pragma unroll
@@ -173,7 +173,8 @@ __device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>&
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int head = min(t * 8 + warp.j * 2 + h, row.group - 1);
-          scores[t][i * 2 + h] = __ldcg(row.scores + head * p.max_clusters + pages.in_row(mean));
+          estimates[t][i * 2 + h] =
+              __ldcg(row.estimates + head * p.max_clusters + pages.in_row(mean));
         }
       }
     }
@@ -196,8 +197,8 @@ __device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>&
       const int count = mean < num_means ? ends[i] - start : 0;
 #pragma unroll
       for (int t = 0; t < kHeadTiles; ++t) {
-        logits[t][i * 2] = mean_logit(scores[t][i * 2], count);
-        logits[t][i * 2 + 1] = mean_logit(scores[t][i * 2 + 1], count);
+        logits[t][i * 2] = mean_logit(estimates[t][i * 2], count);
+        logits[t][i * 2 + 1] = mean_logit(estimates[t][i * 2 + 1], count);
       }
     }
     load_logits(tile + kStep, places[1]);
@@ -393,7 +394,7 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
         source = tile < row_tiles ? row_of_lane(tile) : mean_of_lane(tile - row_tiles);
       }
     };
-    float scores[kHeadTiles][4];  // of rows g and g + 8, and this thread's heads
+    float estimates[kHeadTiles][4];  // of rows g and g + 8, and this thread's heads
     const auto load = [&](int tile, int stage) {
       if (tile < row_tiles) {
         warp.load_tile(source, stage);
@@ -407,7 +408,7 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
 #pragma unroll
           for (int t = 0; t < kHeadTiles; ++t) {
             const int head = min(t * 8 + warp.j * 2 + i % 2, row.group - 1);
-            scores[t][i] = __ldcg(row.scores + head * p.max_clusters + cluster);
+            estimates[t][i] = __ldcg(row.estimates + head * p.max_clusters + cluster);
           }
         }
       }
@@ -428,7 +429,7 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
           const int count =
               entry < num_selected ? shared.rows_before[entry + 1] - shared.rows_before[entry] : 0;
 #pragma unroll
-          for (int t = 0; t < kHeadTiles; ++t) logits[t][i] = mean_logit(scores[t][i], count);
+          for (int t = 0; t < kHeadTiles; ++t) logits[t][i] = mean_logit(estimates[t][i], count);
         }
       }
       load(tile + kStep, stage ^ 1);
@@ -468,7 +469,7 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   row.cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;
   row.block_table = p.rows.block_table + req * p.rows.block_table_stride;
   row.index_table = p.rows.index_table + req * p.rows.index_table_stride;
-  row.scores = p.scores + first_head * p.max_clusters;
+  row.estimates = p.estimates + first_head * p.max_clusters;
   row.selected = p.selected + (req * pages.num_kv_heads + kv_head) * p.max_clusters;
   row.seq_len = __ldcg(p.rows.seq_lens + req);
   row.num_pages = static_cast<int>(num_indexed_pages(row.seq_len, kPageRows));

@@ -26,7 +26,7 @@ def arguments(inputs):
     select = inputs.select_args(score["scores"], 100)
     block_ids = inputs.block_table[0, :1].contiguous()
     index = {
-        **inputs.pages.args(),
+        **inputs.pages.coded_args(),
         "block_ids": block_ids,
         "num_sink_tokens": torch.zeros_like(block_ids),
         "num_iters": 2,
@@ -35,7 +35,7 @@ def arguments(inputs):
         "index_pages": index,
         "score_clusters": score,
         "select_clusters": select,
-        "sparse_decode": inputs.decode_args(score["scores"], select["selected"]),
+        "sparse_decode": inputs.decode_args(score["estimates"], select["selected"]),
     }
 
 

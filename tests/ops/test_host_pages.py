@@ -26,18 +26,20 @@ CASES = LONG + cases.IRREGULAR
 
 
 def outputs(inputs, module, case):
-    """Scores, tile_stats, selected, num_attended, and output with and without tail."""
-    scores, stats = inputs.score_with_stats(module)
+    """Scores, estimates, tile_stats, selected, num_attended, and output with and
+    without tail."""
+    scores, estimates, stats = inputs.score_all(module)
     selected, num_attended = inputs.select(module, scores, case.token_budget, stats)
     return [
         scores,
+        estimates,
         stats,
         selected,
         num_attended,
         *(
             inputs.decode(
                 module,
-                scores,
+                estimates,
                 selected,
                 num_splits=case.num_splits,
                 tail_estimate=tail_estimate,
@@ -124,11 +126,10 @@ HOST_CACHE = [
 @pytest.mark.parametrize(("name", "spoil", "message"), [*INDEX_TABLE, *HOST_CACHE])
 def test_bad_arguments_are_named(name, spoil, message):
     inputs = make_decode_inputs(cases.DecodeCase((900, 700), group=2)).spilled()
-    scores, stats = inputs.score_with_stats(ops)
+    scores, estimates, stats = inputs.score_all(ops)
     selected, _ = inputs.select(ops, scores, 100, stats)
-    rejected(
-        ops.sparse_decode, inputs.decode_args(scores, selected), name, spoil, message
-    )
+    args = inputs.decode_args(estimates, selected)
+    rejected(ops.sparse_decode, args, name, spoil, message)
     if name == "index_table":
         rejected(ops.score_clusters, inputs.score_args(), name, spoil, message)
         rejected(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from tests.support import cases
 from tests.support.bad_arguments import (
+    CODES,
     PAGES,
     doubled,
     longer,
@@ -72,7 +73,7 @@ def run(case, rows, device, num_iters=8, module=ops):
     pages, blocks, sinks = place(case, rows)
     pages = pages.to(device)
     module.index_pages(
-        **pages.args(),
+        **pages.coded_args(),
         block_ids=blocks.to(device),
         num_sink_tokens=sinks.to(device),
         num_iters=num_iters,
@@ -280,7 +281,7 @@ def test_the_mean_of_equal_values_is_that_value(dtype, device):
     pages.kv_cache[:, 0] = torch.cat([torch.ones_like(values), values], 2)
     pages = pages.to(device)
     ops.index_pages(
-        **pages.args(),
+        **pages.coded_args(),
         block_ids=torch.arange(num_pages, device=device).int(),
         num_sink_tokens=torch.zeros(num_pages, device=device).int(),
         num_iters=1,
@@ -299,7 +300,7 @@ def test_skipped_and_missing_pages(device):
 
     def call(block_ids, sinks):
         ops.index_pages(
-            **pages.args(),
+            **pages.coded_args(),
             block_ids=torch.tensor(block_ids, dtype=torch.int32, device=device),
             num_sink_tokens=torch.tensor(sinks, dtype=torch.int32, device=device),
             num_iters=8,
@@ -340,7 +341,7 @@ def small_args():
     case = IndexCase()
     pages, block_ids, num_sink_tokens = place(case, random_rows(case))
     return {
-        **pages.args(),
+        **pages.coded_args(),
         "block_ids": block_ids,
         "num_sink_tokens": num_sink_tokens,
         "num_iters": 2,
@@ -351,6 +352,7 @@ def small_args():
     ("name", "spoil", "message"),
     [
         *PAGES,
+        *CODES,
         ("block_ids", lambda t: t[None], r"block_ids must have 1 dimensions, got 2"),
         ("block_ids", doubled, r"block_ids must have dtype Int, got Long"),
         ("block_ids", lambda t: t.repeat(2)[::2], r"block_ids must be contiguous"),

@@ -16,7 +16,7 @@ from tests.support.batched_reference import BatchedReference, cluster_keys
 from tests.support.compare import assert_same_bits
 from tests.support.inputs import UNTOUCHED
 from tests.support.random_cases import draw_case, make_random_inputs
-from vllm_clusterkv import ops
+from vllm_clusterkv import key_codes, ops
 from vllm_clusterkv.page_layout import BLOCK_SIZE
 from vllm_clusterkv.reference import spread_rows
 
@@ -52,9 +52,9 @@ def check_case(case, seed, device) -> list[float]:
     looser_by = check_index(case, inputs.pages, block_ids, sinks)
     before = inputs.pages.buffer.clone()
     batch = BatchedReference(inputs)
-    scores, tile_stats = check_scores(inputs, batch)
+    scores, estimates, tile_stats = check_scores(inputs, batch)
     selected = check_selection(case, inputs, batch, scores, tile_stats)
-    check_decode(case, inputs, batch, scores, selected)
+    check_decode(case, inputs, batch, estimates, selected)
     assert torch.equal(inputs.pages.buffer, before)
     return looser_by
 
@@ -63,7 +63,7 @@ def check_index(case, pages, block_ids, sinks) -> list[float]:
     """Indexes the pages, and holds result against input."""
     before = pages.to(str(block_ids.device))
     ops.index_pages(
-        **pages.args(),
+        **pages.coded_args(),
         block_ids=block_ids,
         num_sink_tokens=sinks,
         num_iters=case.num_iters,
@@ -94,6 +94,7 @@ def check_index(case, pages, block_ids, sinks) -> list[float]:
     members *= ~is_sink[:, :, None]
     check_means(pages.centroids[blocks], members, new.float())
     check_spreads(pages.spreads[blocks], members, new[..., : case.head_size].float())
+    check_codes(case, pages, blocks, sinks, labels)
     keys = old[..., : case.head_size].float()
     by_origin = torch.empty_like(labels).scatter(2, origin, labels)  # [P, H, 256]
     looser_by = []
@@ -169,6 +170,23 @@ def check_spreads(stored, members, keys):
     assert_within(stored[..., head_size:].double(), radii, bound)
 
 
+def check_codes(case, pages, blocks, sinks, labels):
+    """To the bit what the stored means and spreads make of the sorted rows.
+
+    Args:
+        labels: [P, H, 256].
+    """
+    for block, num_sinks, of_page in zip(blocks, sinks.tolist(), labels, strict=True):
+        for head in range(case.num_kv_heads):
+            expected = key_codes.encode(
+                pages.kv_cache[block, head, num_sinks:, : case.head_size].float(),
+                of_page[head, num_sinks:],
+                pages.centroids[block, head, 0],
+                pages.spreads[block, head],
+            )
+            assert_same_bits(pages.codes[block, head], expected)
+
+
 def check_clusters(keys, labels, num_clusters, num_iters) -> list[float]:
     """Labels as good as the reference's; after one round, of the largest cosine.
 
@@ -205,18 +223,20 @@ def tightness(keys, labels, num_clusters) -> torch.Tensor:
     return torch.cosine_similarity(keys, own, dim=2).mean(1)
 
 
-def check_scores(inputs, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    scores, tile_stats = inputs.score_with_stats(ops)
-    expected, bound = batch.scores()
+def check_scores(inputs, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scores, estimates, tile_stats = inputs.score_all(ops)
+    *expected, bound = batch.scores()
     live = batch.live[:, None].expand_as(scores)
-    assert_within(scores[live], expected[live], bound[live])
-    assert (scores[~live] == float("inf")).all()
+    for found, should_be in zip((scores, estimates), expected, strict=True):
+        assert_within(found[live], should_be[live], bound[live])
+        assert (found[~live] == float("inf")).all()
+    assert (estimates <= scores).all()
     by_reference = inputs.tile_stats(scores)
     assert_same_bits(tile_stats[..., 0], by_reference[..., 0])
     torch.testing.assert_close(
         tile_stats[..., 1], by_reference[..., 1], rtol=5e-6, atol=0, equal_nan=True
     )
-    return scores, tile_stats
+    return scores, estimates, tile_stats
 
 
 def assert_within(actual, expected, bound) -> None:
@@ -261,10 +281,10 @@ def check_selection(case, inputs, batch, scores, tile_stats) -> torch.Tensor:
     return selected
 
 
-def check_decode(case, inputs, batch, scores, selected) -> None:
+def check_decode(case, inputs, batch, estimates, selected) -> None:
     options = {"tail_estimate": case.tail_estimate, "num_splits": case.num_splits}
-    output = inputs.decode(ops, scores, selected, **options)
-    expected, magnitude = batch.decode(scores, selected, case.tail_estimate)
+    output = inputs.decode(ops, estimates, selected, **options)
+    expected, magnitude = batch.decode(estimates, selected, case.tail_estimate)
     # Kernels may round weights to the dtype, do round the output to it, and may take
     # subnormal fp32 for zero.
     info = torch.finfo(case.dtype)
@@ -272,4 +292,4 @@ def check_decode(case, inputs, batch, scores, selected) -> None:
     bound += torch.finfo(torch.float32).smallest_normal
     assert_within(output.float(), expected, bound)
     assert (output[inputs.seq_lens == 0] == 0).all()
-    assert_same_bits(inputs.decode(ops, scores, selected, **options), output)
+    assert_same_bits(inputs.decode(ops, estimates, selected, **options), output)

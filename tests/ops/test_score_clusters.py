@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""``score_clusters`` is the reference's product, in fp32 and to its last bits.
+"""``score_clusters`` is the reference's products, in fp32 and to its last bits.
 
 Its ``tile_stats`` are those of the scores it wrote: max to the bit, sum to rounding.
+``test_codes.py`` has what codes of keys add to scores.
 """
 
 from math import exp
@@ -12,6 +13,7 @@ import torch
 
 from tests.support import cases
 from tests.support.bad_arguments import (
+    CODES,
     PAGES,
     QUERY,
     ROWS,
@@ -22,7 +24,7 @@ from tests.support.bad_arguments import (
 )
 from tests.support.compare import assert_close, assert_same_bits
 from tests.support.inputs import Pages, make_decode_inputs
-from vllm_clusterkv import ops, reference
+from vllm_clusterkv import key_codes, ops, reference
 from vllm_clusterkv.page_layout import PageLayout
 
 SMALL = cases.DecodeCase((257, 300), group=2)
@@ -33,33 +35,60 @@ SUM_TOLERANCE = 5e-6  # relative, of 16 terms by fast exponentials
 def test_scores_match_the_reference(case, device):
     inputs = make_decode_inputs(case)
     on_device = inputs.to(device)
-    expected, actual = inputs.score(reference), on_device.score(ops)
-    assert_close(actual, expected, scores_by_einsum(inputs))
+    actual, expected = on_device.score_all(ops)[:2], inputs.score_all(reference)[:2]
+    for each in zip(actual, expected, scores_by_einsum(inputs), strict=True):
+        assert_close(*each)
     assert_same_bits(on_device.pages.buffer, inputs.pages.buffer)
 
 
 def scores_by_einsum(inputs):
-    """The scores in fp32, summed in PyTorch's order."""
-    scores = inputs.score_args()["scores"]
-    for req in range(len(scores)):
-        blocks = inputs.block_table[req, : inputs.num_indexed(req)]
+    """Scores and estimates in fp32, summed in PyTorch's order."""
+    args = inputs.score_args()
+    layout = inputs.pages.layout
+    for req in range(len(inputs.seq_lens)):
+        blocks = inputs.block_table[req, : inputs.num_indexed(req)].long()
         means = inputs.pages.centroids[blocks, :, 0].float()
         query = inputs.query[req].float().unflatten(0, (means.shape[1], -1))
-        row = inputs.scale * torch.einsum("hgd,phcd->hgpc", query, means)
+        of_mean = inputs.scale * torch.einsum("hgd,phcd->hgpc", query, means)
         spreads = inputs.pages.spreads[blocks].float().unflatten(1, (-1, 1))
         squares = reference.query_squares(inputs.query[req]).view_as(query)
         spread = reference.spread_score(squares, spreads, inputs.scale)
-        row += spread.permute(1, 2, 0, 3)  # from [pages, H, G, C]
-        scores[req, :, : inputs.num_live(req)] = row.flatten(2).flatten(0, 1)
-    return scores
+        by_spread = of_mean + spread.permute(1, 2, 0, 3)  # from [pages, H, G, C]
+        dims, deviations, signed = key_codes.decode(
+            inputs.pages.codes[blocks],
+            layout.num_clusters,
+            layout.head_size,
+            inputs.query.dtype,
+        )
+        asked = query[None].expand(len(blocks), -1, -1, -1)
+        asked = asked.gather(3, dims[:, :, None].expand(-1, -1, query.shape[1], -1))
+        weights = (asked * deviations[:, :, None]).clamp(-65504, 65504).half().float()
+        products = torch.einsum("phgi,phcki->hgpck", weights, (signed + 3) / 2)
+        best = 2 * products.amax(4) - 3 * weights.sum(3).permute(1, 2, 0)[..., None]
+        radii = inputs.scale * spreads[..., 0, layout.head_size :].transpose(0, 1)
+        best *= key_codes.STEP * radii[:, None]
+        counts = [
+            reference.cluster_sizes(ends, inputs.num_sink_tokens)
+            for ends in inputs.pages.cluster_ends[blocks].unbind(1)
+        ]
+        counts = torch.stack(counts).view(len(counts), 1, *of_mean.shape[2:])
+        scores = reference.best_score(by_spread, of_mean, best, counts)
+        estimates = scores.minimum(of_mean + reference.SPREAD_MOST)
+        for name, found in (("scores", scores), ("estimates", estimates)):
+            flat = found.flatten(2).flatten(0, 1)
+            args[name][req, :, : inputs.num_live(req)] = flat
+    return args["scores"], args["estimates"]
 
 
 def test_a_row_does_not_depend_on_its_batch(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 0, 257, 600))).to(device)
-    together = inputs.score(ops)
-    assert_same_bits(inputs.score(ops), together)
+    together = inputs.score_all(ops)
+    for again, before in zip(inputs.score_all(ops), together, strict=True):
+        assert_same_bits(again, before)
     for req in range(4):
-        assert_same_bits(inputs.only(req).score(ops)[0], together[req])
+        alone = inputs.only(req).score_all(ops)
+        for of_row, before in zip(alone, together, strict=True):
+            assert_same_bits(of_row[0], before[req])
 
 
 @pytest.mark.parametrize("dtype", [cases.BF16, cases.FP16], ids=str)
@@ -80,23 +109,27 @@ def test_every_finite_16_bit_value_is_read_exactly(dtype, device):
     pages = Pages.poisoned(layout, num_pages + 1)
     pages.centroids[:num_pages, :, 0] = means
     pages.spreads.zero_()
+    pages.codes.zero_()
     pages = pages.to(device)
     pages.cluster_ends[:] = torch.arange(16, 257, 16, device=device).short()
     scores = torch.empty(4, 16, (num_pages + 1) * 16, device=device)
+    estimates = torch.empty_like(scores)
     ops.score_clusters(
         query=torch.eye(64, dtype=dtype, device=device).view(4, 16, 64),
-        **pages.args(),
+        **pages.coded_args(),
         block_table=torch.arange(num_pages + 1, device=device).int().repeat(4, 1),
         seq_lens=torch.full((4,), num_pages * 256 + 1, device=device).int(),
         min_sparse_lens=torch.zeros(4, dtype=torch.int32, device=device),
         scale=1.0,
         num_sink_tokens=0,
         scores=scores,
+        estimates=estimates,
         tile_stats=torch.empty(4, 16, num_pages + 1, 2, device=device),
     )
     expected = means.float().view(-1, 64).T
-    scores = scores.flatten(0, 1).cpu()
-    assert torch.equal(scores[:, : expected.shape[1]], expected)
+    for found in (scores, estimates):
+        found = found.flatten(0, 1).cpu()
+        assert torch.equal(found[:, : expected.shape[1]], expected)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -108,16 +141,17 @@ def test_infinities_and_nans_reach_the_scores(dtype, device):
     inputs.pages.centroids[block, 0, 0, :4, :2] = torch.tensor(
         [[inf, 1], [-inf, 1], [nan, 1], [inf, -inf]], dtype=dtype
     )
-    scores = inputs.to(device).score(ops)[0, 0].cpu()
-    assert scores[:2].tolist() == [inf, -inf]
-    assert scores[2:4].isnan().all()
-    assert scores[4:16].isfinite().all()
+    for found in inputs.to(device).score_all(ops)[:2]:
+        found = found[0, 0].cpu()
+        assert found[:2].tolist() == [inf, -inf]
+        assert found[2:4].isnan().all()
+        assert found[4:16].isfinite().all()
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
 def test_tile_stats_are_those_of_the_scores(case, device):
     inputs = make_decode_inputs(case)
-    scores, actual = inputs.to(device).score_with_stats(ops)
+    scores, _, actual = inputs.to(device).score_all(ops)
     assert_stats(actual, inputs.tile_stats(scores.cpu()))
 
 
@@ -131,7 +165,8 @@ def assert_stats(actual, expected):
 
 
 def one_hot_inputs(num_pages, tokens_per_cluster, num_sink_tokens, logits):
-    """One row and head, whose cluster ``c`` has the score ``logits[c]``; no spread."""
+    """One row and head, whose cluster ``c`` has the score ``logits[c]``: no spread, and
+    no key that is not its cluster's mean."""
     case = cases.DecodeCase(
         (num_pages * 256 + 1,),
         num_kv_heads=1,
@@ -148,7 +183,7 @@ def one_hot_inputs(num_pages, tokens_per_cluster, num_sink_tokens, logits):
     means[:] = 0
     means[..., 0] = torch.tensor(logits, dtype=means.dtype).view(num_pages, -1)
     inputs.pages.centroids[blocks, 0, 0] = means
-    inputs.pages.spreads[blocks] = 0
+    inputs.pages.spreads[blocks] = inputs.pages.codes[blocks] = 0
     return inputs, blocks
 
 
@@ -164,7 +199,9 @@ def test_spreads_by_hand(tokens_per_cluster, device):
     profile[:, 0, :2] = torch.tensor([[3, 0.25], [0, 2], [8, 8]])
     radii = torch.arange(num_clusters).float().expand(3, 1, -1) / 2
     inputs.pages.spreads[blocks] = torch.cat([profile, radii], 2).bfloat16()
-    scores = inputs.to(device).score(ops)[0, 0, : 3 * num_clusters].view(3, -1)
+    scores, estimates, _ = inputs.to(device).score_all(ops)
+    assert_same_bits(estimates, scores)
+    scores = scores[0, 0, : 3 * num_clusters].view(3, -1)
     variances = torch.tensor([[4.0], [8], [40]]) * radii[0] ** 2
     added = (0.75 * ((1 + variances).sqrt() - 1)).clamp(max=4)
     assert (added == 4).any() and (added[:, 0] == 0).all()
@@ -185,7 +222,7 @@ def test_squares_beyond_fp16(size, device):
     added = (expected - without.score(reference))[live]
     assert 0.01 < added.median() < 3.9
     actual = inputs.to(device).score(ops)
-    assert_close(actual, expected, scores_by_einsum(inputs))
+    assert_close(actual, expected, scores_by_einsum(inputs)[0])
 
 
 def test_a_warp_of_many_tiles(device):
@@ -194,7 +231,7 @@ def test_a_warp_of_many_tiles(device):
         cases.DecodeCase((1281, 257, 1025) * 24, num_kv_heads=8, group=1)
     )
     actual = inputs.to(device).score(ops)
-    assert_close(actual, inputs.score(reference), scores_by_einsum(inputs))
+    assert_close(actual, inputs.score(reference), scores_by_einsum(inputs)[0])
 
 
 def test_tile_stats_by_hand(device):
@@ -203,7 +240,7 @@ def test_tile_stats_by_hand(device):
     ends = torch.arange(32, 257, 32).repeat(3, 1)
     ends[0, 1] = 32  # cluster 1 is empty, cluster 2 has 64 tokens
     inputs.pages.cluster_ends[blocks, 0] = ends.short()
-    _, stats = inputs.to(device).score_with_stats(ops)
+    *_, stats = inputs.to(device).score_all(ops)
     assert stats.shape == (1, 1, 3, 2)
     torch.testing.assert_close(
         stats[0, 0, 0].cpu(), torch.tensor([1, 240 + 256 * exp(-1)])
@@ -219,7 +256,7 @@ def test_a_tile_without_tokens(device):
     ends[0, :16] = 16  # its first tile holds nothing behind the sinks
     ends[1, :16] = torch.arange(16, 257, 16)
     inputs.pages.cluster_ends[blocks, 0] = ends.short()
-    _, stats = inputs.to(device).score_with_stats(ops)
+    *_, stats = inputs.to(device).score_all(ops)
     inf = float("inf")
     assert stats[0, 0, :4].tolist() == [[-inf, 0], [5, 240], [5, 256], [-inf, 0]]
     assert stats[0, 0, 4:].isnan().all()
@@ -229,7 +266,7 @@ def test_a_tile_without_tokens(device):
 def test_tile_stats_of_any_spread(scale, device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 600), group=3))
     inputs.scale = scale
-    scores, actual = inputs.to(device).score_with_stats(ops)
+    scores, _, actual = inputs.to(device).score_all(ops)
     assert actual[:, :, :2].isfinite().all()
     assert_stats(actual, inputs.tile_stats(scores.cpu()))
 
@@ -238,11 +275,14 @@ def test_tile_stats_of_any_spread(scale, device):
     ("name", "spoil", "message"),
     [
         *PAGES,
+        *CODES,
         *ROWS,
         *QUERY,
         *per_cluster("scores", "Float"),
+        *per_cluster("estimates", "Float"),
         *TILE_STATS,
         ("scores", longer(1), r"scores.size\(1\) must equal its number of heads"),
+        ("estimates", longer(1), r"estimates.size\(1\) must equal its number of heads"),
         ("num_sink_tokens", lambda _: -1, r"must be 0 to block_size - 1 .* got -1"),
         ("num_sink_tokens", lambda _: 256, r"0 to block_size - 1 \(255\), got 256"),
     ],

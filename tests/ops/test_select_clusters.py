@@ -184,7 +184,7 @@ def test_dense_rows_attend_to_everything_and_select_nothing(device):
 
 def test_a_row_does_not_depend_on_its_batch(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 0, 257, 600))).to(device)
-    scores, stats = inputs.score_with_stats(ops)
+    scores, _, stats = inputs.score_all(ops)
     selected, num_attended = inputs.select(ops, scores, 100, stats)
     for req in range(4):
         row = slice(req, req + 1)
@@ -195,7 +195,7 @@ def test_a_row_does_not_depend_on_its_batch(device):
 
 def test_a_larger_budget_only_adds_clusters(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500,))).to(device)
-    scores, stats = inputs.score_with_stats(ops)
+    scores, _, stats = inputs.score_all(ops)
     before = torch.zeros_like(scores[:, :2], dtype=torch.uint8)
     for token_budget in (1, 16, 17, 100, 500, 1263, 1264, 2000):
         selected, _ = inputs.select(ops, scores, token_budget, stats)

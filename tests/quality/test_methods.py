@@ -218,20 +218,26 @@ def product(tokens_per_cluster, tail, query, keys, values, token_budget):
     sinks[:1] = 16
     num_iters = ClusterKVConfig().num_iters
     spreads = torch.zeros(num_pages + 1, num_kv_heads, head_size + num_clusters)
+    code_shape = (num_pages + 1, num_kv_heads, layout.code_bytes)
+    codes = torch.zeros(code_shape, dtype=torch.uint8)
     index = (cache, centroids, spreads, ends)
-    reference.index_pages(*index, blocks[:-1], sinks, num_iters)
+    reference.index_pages(*index, codes, blocks[:-1], sinks, num_iters)
     scores = torch.zeros(1, num_heads, max_clusters)
+    estimates = torch.zeros_like(scores)
     stats = torch.zeros(1, num_heads, -(-max_clusters // 16), 2)
     selected = torch.zeros(1, num_kv_heads, max_clusters, dtype=torch.uint8)
     attended = torch.zeros(1, num_kv_heads, dtype=torch.int32)
     pages = (*index, blocks[None])
     row = (torch.tensor([seq_len], dtype=torch.int32), torch.zeros(1).int())
     query = query[None]
-    reference.score_clusters(query, *pages, *row, SCALE, 16, scores, stats)
+    outputs = (scores, estimates, stats)
+    reference.score_clusters(
+        query, *index, codes, blocks[None], *row, SCALE, 16, *outputs
+    )
     choice = (token_budget, selected, attended)
     reference.select_clusters(scores, stats, *pages, *row, 16, *choice)
     output = torch.zeros_like(query)
-    rest = (scores, selected, SCALE, 16, tail, torch.empty(0), output)
+    rest = (estimates, selected, SCALE, 16, tail, torch.empty(0), output)
     reference.sparse_decode(query, *pages, *row, *rest)
     mask = torch.ones(num_kv_heads, seq_len, dtype=torch.bool)
     for head in range(num_kv_heads):
@@ -249,6 +255,7 @@ def product(tokens_per_cluster, tail, query, keys, values, token_budget):
 @pytest.mark.parametrize("name", ["ours", "ours-tail"])
 def test_ours_is_the_product(name, tokens_per_cluster):
     query, keys, values = context(1300)
+    keys[..., ::4] *= 8  # some dimensions differ more, as in models: codes matter
     values[..., -1] = torch.arange(1300)  # as product() has it
     arguments = (query, keys, values, 100)
     tail = name == "ours-tail"
@@ -256,6 +263,9 @@ def test_ours_is_the_product(name, tokens_per_cluster):
     spec = f"{name}:tokens_per_cluster={tokens_per_cluster}"
     selection = select(spec, *arguments)
     assert torch.equal(selection.mask, mask)
+    if tokens_per_cluster != 32:  # of 32 clusters the same are best without codes
+        plain = select(f"{spec},coded=false", *arguments)
+        assert not torch.equal(plain.mask, mask)
     assert torch.equal(selection.num_attended, attended.long())
     logits = exact_logits(query, keys, SCALE)
     actual = attend(selection, logits, values)
@@ -278,19 +288,30 @@ def test_codes_come_near_exact_scores():
                 errors.append(scores[head, :, cluster] - members.mean(1).log())
         return torch.stack(errors).abs().mean()
 
-    mean, quarter = error("ours-tail"), error("ours-coded")
-    most = error("ours-coded:bits=4,share=1")
-    assert most < quarter < mean
-    assert error("ours-coded:best=true") < mean
-    assert most < mean / 8
+    assert (
+        error("ours")
+        < error("ours:coded=false")
+        < error("ours:coded=false,spread=false")
+    )
+
+
+@pytest.mark.parametrize("settings", ["page_size=128", "init=spaced"])
+def test_codes_in_torch_are_as_good(settings):
+    """Settings that the kernel does not take are coded by PyTorch."""
+    query, keys, values = context(1300)
+    keys[..., ::4] *= 4
+    coded = select(f"ours:{settings}", query, keys, values, 128)
+    plain = select(f"ours:{settings},coded=false", query, keys, values, 128)
+    assert not torch.equal(coded.mask, plain.mask)
+    assert mass_of(coded, query, keys) > mass_of(plain, query, keys)
 
 
 def test_codes_are_counted():
     query, keys, values = context(1000)
-    plain = select("ours", query, keys, values, 128).index_bytes
-    coded = select("ours-coded:tail=false", query, keys, values, 128).index_bytes
-    # Three pages, 16 of 64 dimensions, 2 bits.
-    assert coded - plain == 768 * 4
+    plain = select("ours:coded=false", query, keys, values, 128).index_bytes
+    coded = select("ours", query, keys, values, 128).index_bytes
+    # Three pages; 16 of 64 dimensions, 2 bits a key, deviations and dimensions.
+    assert coded - plain == 3 * 16 * (64 + 2 + 1)
 
 
 def test_ours_clusters_alike_with_and_without_the_op(monkeypatch):
@@ -364,9 +385,8 @@ def test_settings_from_text():
         "ours:vote=most": "vote must be one of",
         "ours:num_iters=x": "num_iters must be of type int",
         "ours:tokens_per_cluster=24": "tokens_per_cluster must divide",
-        "ours-coded:bits=5": "bits must be among",
-        "ours-coded:share=0": "share must be above 0",
-        "ours-coded:spread=false": "spread must be true",
+        "ours:spread=false": "coded must be false without spread",
+        "ours:tokens_per_cluster=4": "got true with spread True and 64 clusters",
     }.items():
         with pytest.raises(ValueError, match=message):
             make_method(wrong)

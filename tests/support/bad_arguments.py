@@ -83,6 +83,14 @@ PAGES = [
     ("spreads", transposed, r"spreads must be dense in its last dimension"),
     ("cluster_ends", transposed, r"cluster_ends must be dense in its last dimension"),
 ]
+CODES = [
+    ("codes", flattened, r"codes must have 3 dimensions, got 1"),
+    ("codes", doubled, r"codes must have dtype Byte, got Long"),
+    ("codes", longer(0), r"codes.size\(0\) must equal num_blocks"),
+    ("codes", longer(1), r"codes.size\(1\) must equal num_kv_heads \(2\), got 3"),
+    ("codes", longer(2), r"codes.size\(2\) must equal a head's code bytes \(\d+\)"),
+    ("codes", transposed, r"codes must be dense in its last dimension"),
+]
 
 ROWS = [
     ("block_table", flattened, r"block_table must have 2 dimensions, got 1"),
@@ -121,7 +129,7 @@ TILE_STATS = [
 
 
 def per_cluster(name: str, dtype: str) -> list:
-    """Bad values of ``scores`` or ``selected``."""
+    """Bad values of ``scores``, ``estimates`` or ``selected``."""
     return [
         (name, flattened, rf"{name} must have 3 dimensions, got 1"),
         (name, lambda t: t.short(), rf"{name} must have dtype {dtype}, got Short"),

@@ -26,7 +26,7 @@ def dense_attention(inputs: DecodeInputs) -> torch.Tensor:
 
 def sparse_attention(
     inputs: DecodeInputs,
-    scores: torch.Tensor,
+    estimates: torch.Tensor,
     selected: torch.Tensor,
     tail_estimate: bool,
 ) -> torch.Tensor:
@@ -48,11 +48,11 @@ def sparse_attention(
             left_out = ~chosen & (sizes > 0) & tail_estimate
             mean_values = inputs.pages.centroids[blocks, kv_head, 1].flatten(0, 1)
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            estimates = scores[req, heads, :num_live][:, left_out]
-            estimates = estimates + torch.log(sizes[left_out])
+            of_means = estimates[req, heads, :num_live][:, left_out]
+            of_means = of_means + torch.log(sizes[left_out])
             keys, values = tokens[keep].split(head_size, dim=1)
             logits = inputs.scale * (inputs.query[req, heads] @ keys.T)
-            weights = torch.cat([logits, estimates.to(dtype)], 1).softmax(1)
+            weights = torch.cat([logits, of_means.to(dtype)], 1).softmax(1)
             output[req, heads] = weights @ torch.cat([values, mean_values[left_out]])
     return output
 

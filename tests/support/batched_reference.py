@@ -10,8 +10,11 @@ query heads a KV head, C clusters a page, N = B * C clusters a row, D head size.
 import torch
 
 from tests.support.inputs import DecodeInputs
+from vllm_clusterkv import key_codes
 from vllm_clusterkv.page_layout import BLOCK_SIZE
 from vllm_clusterkv.reference import (
+    SPREAD_MOST,
+    best_score,
     first_argmax,
     query_squares,
     spread_rows,
@@ -44,23 +47,51 @@ class BatchedReference:
         self.sizes = sizes.transpose(1, 2).flatten(2).long()  # [R, H, N]
         self.clustered = self.sizes.sum(2)  # [R, H]
 
-    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores, and by how much fp32 sums may differ: [R, H * G, N] each.
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores, estimates, and by how much fp32 sums may differ: [R, H * G, N] each.
 
         Entries of clusters that do not exist are meaningless.
         """
         # [R, B, H, C, D]
         means = self.inputs.pages.centroids[self.block_table][:, :, :, 0].float()
         formula, scale = "rhgd,rbhcd->rhgbc", self.inputs.scale
-        scores = scale * torch.einsum(formula, self.query, means)
+        of_mean = scale * torch.einsum(formula, self.query, means)
         bound = scale * torch.einsum(formula, self.query.abs(), means.abs())
         # [R, B, H, 1, D + C] to [R, H, G, B, C]
         spreads = self.inputs.pages.spreads[self.block_table].float()[:, :, :, None]
         squares = query_squares(self.inputs.query).view_as(self.query)
         spread = spread_score(squares[:, None], spreads, scale).permute(0, 2, 3, 1, 4)
-        scores = scores + spread
-        bound = 16 * torch.finfo(torch.float32).eps * (bound + spread + 1)
-        return scores.flatten(3).flatten(1, 2), bound.flatten(3).flatten(1, 2)
+        best, reach = self._best_keys(scale * spreads[..., means.shape[4] :])
+        counts = self.sizes.unflatten(2, (-1, self.num_clusters))[:, :, None]
+        scores = best_score(of_mean + spread, of_mean, best, counts)
+        estimates = scores.minimum(of_mean + SPREAD_MOST)
+        # A logarithm of a count is at most 6. Tensor cores cut their sums instead of
+        # rounding them, and codes' are twice the best product less three times another.
+        bound = bound + spread + 2 * reach + 6
+        bound *= 16 * torch.finfo(torch.float32).eps
+        return tuple(t.flatten(3).flatten(1, 2) for t in (scores, estimates, bound))
+
+    def _best_keys(self, radii: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the best coded keys add to their means' logits, and what a key of the
+        same magnitudes would, could it have every sign it wants: [R, H, G, B, C] each.
+
+        Args:
+            radii: [R, B, H, 1, C] fp32, times the scale.
+        """
+        inputs = self.inputs
+        codes = inputs.pages.codes[self.block_table]  # [R, B, H, bytes]
+        codes = codes.masked_fill(~self.is_indexed[:, :, None, None], 0)[:, :, :, None]
+        query = inputs.query.view_as(self.query)[:, None]  # [R, 1, H, G, D]
+        layout = inputs.pages.layout
+        decoded = key_codes.decode(
+            codes, layout.num_clusters, layout.head_size, layout.dtype
+        )
+        best = key_codes.best_key(query, decoded, radii)  # [R, B, H, G, C]
+        dims, deviations, _ = decoded
+        asked = query.float().expand(*best.shape[:-1], -1)
+        asked = asked.gather(-1, dims.expand(*best.shape[:-1], -1)) * deviations
+        reach = 3 * key_codes.STEP * radii * asked.abs().sum(-1, keepdim=True)
+        return best.permute(0, 2, 3, 1, 4), reach.permute(0, 2, 3, 1, 4)
 
     def rank_weights(self, scores: torch.Tensor) -> torch.Tensor:
         """``reference.rank_weights`` of every row and head: [R, H, N] fp64."""
@@ -83,7 +114,7 @@ class BatchedReference:
         return torch.where(covers, self.live[:, None], chosen & (self.sizes > 0))
 
     def decode(
-        self, scores: torch.Tensor, selected: torch.Tensor, tail_estimate: bool
+        self, estimates: torch.Tensor, selected: torch.Tensor, tail_estimate: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention, and the same weights over absolute values: [R, H * G, D] each.
 
@@ -98,7 +129,7 @@ class BatchedReference:
         logits = torch.einsum("rhgd,rhbid->rhgbi", self.query, keys).flatten(3)
         logits = (inputs.scale * logits).masked_fill(~keep[:, :, None], float("-inf"))
         left_out = ~selected & (self.sizes > 0) & tail_estimate
-        estimates = scores.unflatten(1, self.query.shape[1:3])
+        estimates = estimates.unflatten(1, self.query.shape[1:3])
         estimates = estimates + self.sizes.log()[:, :, None]
         estimates = estimates.masked_fill(~left_out[:, :, None], float("-inf"))
         logits = torch.cat([logits, estimates], 3)

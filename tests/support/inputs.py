@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_clusterkv import reference
+from vllm_clusterkv import key_codes, reference
 from vllm_clusterkv.page_layout import (
     BLOCK_SIZE,
     INDEX_UNIT,
@@ -33,6 +33,7 @@ class Pages:
     centroids: torch.Tensor  # [num_blocks, num_kv_heads, 2, num_clusters, head_size]
     spreads: torch.Tensor  # [num_blocks, num_kv_heads, head_size + num_clusters]
     cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
+    codes: torch.Tensor  # [num_blocks, num_kv_heads, code_bytes] uint8
 
     @classmethod
     def over(cls, layout: PageLayout, buffer: torch.Tensor) -> "Pages":
@@ -56,12 +57,17 @@ class Pages:
         return Pages.over(self.layout, self.buffer.to(device, copy=True))
 
     def args(self) -> dict:
+        """What every op takes."""
         return {
             "kv_cache": self.kv_cache,
             "centroids": self.centroids,
             "spreads": self.spreads,
             "cluster_ends": self.cluster_ends,
         }
+
+    def coded_args(self) -> dict:
+        """What ``index_pages`` and ``score_clusters`` take."""
+        return {**self.args(), "codes": self.codes}
 
     def bytes_of_blocks(self) -> torch.Tensor:
         """[num_blocks, page_bytes] int8 on the CPU, padding and all."""
@@ -85,6 +91,12 @@ class Pages:
             self.spreads[block, head] = reference.key_spread(
                 keys[head], labels[head], self.layout.num_clusters
             )
+            self.codes[block, head] = key_codes.encode(
+                keys[head],
+                labels[head],
+                self.centroids[block, head, 0],
+                self.spreads[block, head],
+            )
 
 
 @dataclass
@@ -93,8 +105,8 @@ class DecodeInputs:
 
     The methods that run an op take the module that implements it, ``ops`` or
     ``reference``, and return fresh outputs. What is not written stays infinite in
-    scores (so that a NaN, which poison gives, shows), NaN in tile_stats (so that one
-    that is read shows), ``UNTOUCHED`` in selections.
+    scores and estimates (so that a NaN, which poison gives, shows), NaN in tile_stats
+    (so that one that is read shows), ``UNTOUCHED`` in selections.
     """
 
     pages: Pages
@@ -201,8 +213,10 @@ class DecodeInputs:
         return self.num_indexed(req) * self.pages.layout.num_clusters
 
     def _shared_args(self) -> dict:
+        return {**self.pages.args(), **self._row_args()}
+
+    def _row_args(self) -> dict:
         return {
-            **self.pages.args(),
             "block_table": self.block_table,
             "seq_lens": self.seq_lens,
             "min_sparse_lens": self.min_sparse_lens,
@@ -214,14 +228,15 @@ class DecodeInputs:
         return torch.full(shape, fill, dtype=dtype, device=self.query.device)
 
     def score_args(self) -> dict:
+        per_head = self.query.shape[1], float("inf"), torch.float32
         return {
             "query": self.query,
-            **self._shared_args(),
+            **self.pages.coded_args(),
+            **self._row_args(),
             "scale": self.scale,
             "num_sink_tokens": self.num_sink_tokens,
-            "scores": self._per_cluster(
-                self.query.shape[1], float("inf"), torch.float32
-            ),
+            "scores": self._per_cluster(*per_head),
+            "estimates": self._per_cluster(*per_head),
             "tile_stats": self._no_stats(),
             **self._index_args(),
         }
@@ -281,7 +296,7 @@ class DecodeInputs:
 
     def decode_args(
         self,
-        scores: torch.Tensor,
+        estimates: torch.Tensor,
         selected: torch.Tensor,
         tail_estimate: bool = True,
         num_splits: int = 2,
@@ -294,7 +309,7 @@ class DecodeInputs:
         return {
             "query": self.query,
             **self._shared_args(),
-            "scores": scores.to(device),
+            "estimates": estimates.to(device),
             "selected": selected.to(device),
             "scale": self.scale,
             "num_sink_tokens": self.num_sink_tokens,
@@ -306,12 +321,13 @@ class DecodeInputs:
         }
 
     def score(self, module) -> torch.Tensor:
-        return self.score_with_stats(module)[0]
+        return self.score_all(module)[0]
 
-    def score_with_stats(self, module) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_all(self, module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores, estimates and tile_stats."""
         args = self.score_args()
         module.score_clusters(**args)
-        return args["scores"], args["tile_stats"]
+        return args["scores"], args["estimates"], args["tile_stats"]
 
     def select(
         self, module, scores, token_budget, tile_stats=None
@@ -320,8 +336,8 @@ class DecodeInputs:
         module.select_clusters(**args)
         return args["selected"], args["num_attended"]
 
-    def decode(self, module, scores, selected, **options) -> torch.Tensor:
-        args = self.decode_args(scores, selected, **options)
+    def decode(self, module, estimates, selected, **options) -> torch.Tensor:
+        args = self.decode_args(estimates, selected, **options)
         module.sparse_decode(**args)
         assert gaps(args["output"]).isnan().all(), "wrote between the output's rows"
         return args["output"]

@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.quality.methods.base import Index, Method, Selection
 from benchmarks.quality.methods.clusterkv_published import ClusterKVPublished
-from benchmarks.quality.methods.coded import Coded
 from benchmarks.quality.methods.full import Full
 from benchmarks.quality.methods.oracle import Oracle
 from benchmarks.quality.methods.ours import Ours
@@ -30,7 +29,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     "clusterkv-published": ClusterKVPublished,
     "ours": partial(Ours, tail=False),
     "ours-tail": partial(Ours, tail=True),
-    "ours-coded": partial(Coded, tail=True),
 }
 """Factories: keyword arguments are the method's settings."""
 

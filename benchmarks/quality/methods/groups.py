@@ -107,6 +107,15 @@ class GroupedIndex(Index):
         """
         return self.scale * query @ self.mean_keys.float().mT
 
+    def _estimates(self, query, scores) -> torch.Tensor:
+        """Logits of the groups' mean values, where they stand in for their tokens.
+
+        Args:
+            query: As ``_scores``.
+            scores: What that returned.
+        """
+        return scores
+
     def _index_bytes(
         self, num_groups: int, num_selected: torch.Tensor
     ) -> float | torch.Tensor:
@@ -133,14 +142,16 @@ class GroupedIndex(Index):
         always = self.method.always_attended(self.seq_len, labels.device)
         labels = labels.masked_fill(always, -1)
         counts = count_labels(labels, num_groups)
-        scores = self._scores(query.float().unflatten(0, (num_kv_heads, -1)))
+        query = query.float().unflatten(0, (num_kv_heads, -1))
+        scores = self._scores(query)
         ranks = rank(scores, counts, self.method.vote)
         mask = take_groups(ranks, labels, counts, token_budget, self.method.trim)
         num_selected = (mask & (labels >= 0)).double().sum(1).mean()
         selection = Selection(mask, self._index_bytes(num_groups, num_selected))
         if self.method.tail:
             left = count_labels(labels.masked_fill(mask, -1), num_groups)
-            selection.extra_logits = scores + left.log()[:, None]
+            estimates = self._estimates(query, scores)
+            selection.extra_logits = estimates + left.log()[:, None]
             selection.extra_values = self.mean_values
         return selection
 

@@ -6,9 +6,9 @@ When a page of 256 tokens is full, each KV head's keys are clustered within it, 
 tokens a cluster. Clusters of all full pages are ranked by the query heads' softmax
 weights a token and taken until the budget is reached.
 
-With the product's settings the clusters come from ``ops.index_pages``, the kernel that
-serving runs, and with others from ``kmeans.cluster_keys``, the same in PyTorch. The
-order is ``reference.rank_weights``.
+With the product's settings clusters and codes come from ``ops.index_pages``, the
+kernel that serving runs, with others from ``kmeans.cluster_keys`` and
+``key_codes.encode``, the same in PyTorch. The order is ``reference.rank_weights``.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,21 @@ import torch
 from torch.nn.functional import one_hot
 
 from benchmarks.quality.methods.base import BYTES_PER_ELEMENT
-from benchmarks.quality.methods.groups import GroupedIndex, GroupedMethod
+from benchmarks.quality.methods.groups import (
+    GroupedIndex,
+    GroupedMethod,
+    count_labels,
+)
 from benchmarks.quality.methods.kmeans import INITS, cluster_keys
-from vllm_clusterkv import ops, reference
-from vllm_clusterkv.page_layout import BLOCK_SIZE
+from vllm_clusterkv import key_codes, ops, reference
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 from vllm_clusterkv.requirements import CUDA_HEAD_SIZES, HEAD_SIZES
 
 _END_BYTES = 2
 """Where a cluster ends in its page, an int16."""
+
+CODED_CLUSTERS = (8, 16, 32)
+"""Clusters of pages that codes of keys are defined for."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Ours(GroupedMethod):
         num_iters: Rounds of k-means.
         init: Keys that start the clusters; one of ``kmeans.INITS``.
         spread: Whether scores know how far keys are from the means of their clusters.
+        coded: Whether clusters are ranked by codes of their keys, too. Needs
+            ``spread``, and 8, 16 or 32 clusters a page.
     """
 
     tail: bool = True
@@ -43,6 +52,7 @@ class Ours(GroupedMethod):
     num_iters: int = 4
     init: str = "farthest"
     spread: bool = True
+    coded: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +62,12 @@ class Ours(GroupedMethod):
             raise ValueError(
                 f"tokens_per_cluster must divide the page of {self.page_size} tokens, "
                 f"got {self.tokens_per_cluster}"
+            )
+        if self.coded and not (self.spread and self.num_clusters in CODED_CLUSTERS):
+            raise ValueError(
+                "coded must be false without spread, and where a page does not have 8, "
+                f"16 or 32 clusters; got true with spread {self.spread} and "
+                f"{self.num_clusters} clusters"
             )
 
     @property
@@ -68,6 +84,7 @@ class OursIndex(GroupedIndex):
 
     Attributes:
         spreads: [num_kv_heads, num_pages, head_size + num_clusters], as the keys.
+        codes: ``key_codes.decode``'s, the first dimensions as those of spreads.
     """
 
     method: Ours
@@ -75,6 +92,7 @@ class OursIndex(GroupedIndex):
     def __init__(self, method: Ours, scale: float) -> None:
         super().__init__(method, scale)
         self.spreads: torch.Tensor | None = None
+        self.codes: tuple[torch.Tensor, ...] | None = None
 
     def _form_groups(self, keys, values) -> None:
         method, start = self.method, self.labels.shape[1]
@@ -85,32 +103,61 @@ class OursIndex(GroupedIndex):
         # [num_kv_heads, num_pages, page_size, head_size]
         pages = keys.unflatten(1, (-1, method.page_size))
         sinks = method.num_sink_tokens if start == 0 else 0
-        label_pages = label_by_op if has_kernel(pages, method) else label_in_torch
-        labels = label_pages(pages, method, sinks)
+        codes = None
+        if has_kernel(pages, method):
+            labels, codes = index_by_op(pages, method, sinks)
+        else:
+            labels = label_in_torch(pages, method, sinks)
         if method.spread:
-            new = page_spreads(pages, labels, method.num_clusters)
+            spreads = page_spreads(pages, labels, method.num_clusters)
+            if method.coded and codes is None:
+                codes = encode_pages(pages, labels, spreads)
             old = [] if self.spreads is None else [self.spreads]
-            self.spreads = torch.cat([*old, new], 1)
+            self.spreads = torch.cat([*old, spreads], 1)
+        if method.coded:
+            layout = (method.num_clusters, pages.shape[3], pages.dtype)
+            dims, deviations, signed = key_codes.decode(codes, *layout)
+            decoded = (dims, deviations, signed.to(torch.int8))
+            if self.codes is not None:
+                both = zip(self.codes, decoded, strict=True)
+                decoded = tuple(torch.cat(pair, 1) for pair in both)
+            self.codes = decoded
         page = torch.arange(pages.shape[1], device=keys.device)[:, None]
         labels = torch.where(labels < 0, -1, labels + page * method.num_clusters)
         num_groups = pages.shape[1] * method.num_clusters
         self._append(keys, values, labels.flatten(1), num_groups)
 
     def _scores(self, query) -> torch.Tensor:
-        scores = super()._scores(query)
+        of_mean = super()._scores(query)
         if self.spreads is None:
-            return scores
+            return of_mean
         # [num_kv_heads, group, num_pages, num_clusters]
         squares = reference.query_squares(query)[:, :, None]
         spreads = self.spreads[:, None].float()
         added = reference.spread_score(squares, spreads, self.scale)
-        return scores + added.flatten(2)
+        scores = of_mean + added.flatten(2)
+        if self.codes is None:
+            return scores
+        radii = self.scale * spreads[..., query.shape[2] :]
+        decoded = tuple(part[:, None] for part in self.codes)
+        best = key_codes.best_key(query[:, :, None], decoded, radii).flatten(2)
+        counts = count_labels(self.labels, scores.shape[2])[:, None]
+        return reference.best_score(scores, of_mean, best, counts)
+
+    def _estimates(self, query, scores) -> torch.Tensor:
+        if self.codes is None:
+            return scores
+        return scores.minimum(super()._scores(query) + reference.SPREAD_MOST)
 
     def _index_bytes(self, num_groups, num_selected) -> float | torch.Tensor:
         scanned = super()._index_bytes(num_groups, num_selected)
         if self.spreads is not None:
             num_elements = self.spreads.shape[1] * self.spreads.shape[2]
             scanned = scanned + BYTES_PER_ELEMENT * num_elements
+        if self.codes is not None:
+            num_clusters, head_size = self.method.num_clusters, self.mean_keys.shape[2]
+            layout = PageLayout(1, head_size, num_clusters, torch.bfloat16)
+            scanned = scanned + num_groups // num_clusters * layout.code_bytes
         return scanned + _END_BYTES * num_groups
 
 
@@ -157,8 +204,10 @@ def has_kernel(pages: torch.Tensor, method: Ours) -> bool:
     )
 
 
-def label_by_op(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tensor:
-    """The cluster in its page of each row, by the product's kernel.
+def index_by_op(
+    pages: torch.Tensor, method: Ours, num_sinks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cluster in its page of each row, and codes, by the product's kernel.
 
     Args:
         pages: [num_kv_heads, num_pages, page_size, head_size], keys.
@@ -166,7 +215,8 @@ def label_by_op(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tens
         num_sinks: Rows at the start of the first page that are in no cluster.
 
     Returns:
-        [num_kv_heads, num_pages, page_size] int64; -1 for the sinks.
+        labels: [num_kv_heads, num_pages, page_size] int64; -1 for the sinks.
+        codes: [num_kv_heads, num_pages, code_bytes] uint8.
     """
     num_kv_heads, num_pages, num_rows, head_size = pages.shape
     num_clusters, device = method.num_clusters, pages.device
@@ -179,6 +229,10 @@ def label_by_op(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tens
     ends = torch.empty(
         (num_pages, num_kv_heads, num_clusters), dtype=torch.int16, device=device
     )
+    layout = PageLayout(num_kv_heads, head_size, num_clusters, pages.dtype)
+    codes = torch.empty(
+        (num_pages, num_kv_heads, layout.code_bytes), dtype=torch.uint8, device=device
+    )
     sinks = torch.zeros(num_pages, dtype=torch.int32, device=device)
     sinks[0] = num_sinks
     ops.index_pages(
@@ -186,6 +240,7 @@ def label_by_op(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tens
         pages.new_empty((num_pages, num_kv_heads, 2, num_clusters, head_size)),
         pages.new_empty((num_pages, num_kv_heads, head_size + num_clusters)),
         ends,
+        codes,
         torch.arange(num_pages, dtype=torch.int32, device=device),
         sinks,
         method.num_iters,
@@ -195,11 +250,39 @@ def label_by_op(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tens
     sorted_labels = torch.searchsorted(ends.long(), rows, right=True)
     labels = torch.empty_like(origins).scatter(2, origins, sorted_labels)
     labels[0, :, :num_sinks] = -1
-    return labels.transpose(0, 1)
+    return labels.transpose(0, 1), codes.transpose(0, 1)
+
+
+def encode_pages(pages, labels, spreads) -> torch.Tensor:
+    """``key_codes.encode`` of many pages.
+
+    Args:
+        pages: [num_kv_heads, num_pages, page_size, head_size], keys.
+        labels: [num_kv_heads, num_pages, page_size] int64; -1 for no cluster.
+        spreads: [num_kv_heads, num_pages, head_size + num_clusters], as the keys.
+
+    Returns:
+        [num_kv_heads, num_pages, code_bytes] uint8.
+    """
+    num_clusters = spreads.shape[2] - pages.shape[3]
+
+    def encode(keys, of_keys, spread):
+        is_member, keys = of_keys >= 0, keys.float()
+        keys, of_keys = keys[is_member], of_keys[is_member]
+        members = one_hot(of_keys, num_clusters).T.float()
+        means = members @ keys / members.sum(1, keepdim=True).clamp(min=1)
+        return key_codes.encode(keys, of_keys, means.to(spread.dtype), spread)
+
+    return torch.stack(
+        [
+            torch.stack([encode(*page) for page in zip(*head, strict=True)])
+            for head in zip(pages, labels, spreads, strict=True)
+        ]
+    )
 
 
 def label_in_torch(pages: torch.Tensor, method: Ours, num_sinks: int) -> torch.Tensor:
-    """As ``label_by_op``, for all settings and devices."""
+    """The labels as by ``index_by_op``, for all settings and devices."""
     labels = torch.full_like(pages[..., 0], -1, dtype=torch.int64)
 
     def label(part):
