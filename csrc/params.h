@@ -25,7 +25,7 @@ struct SemanticPages {
                           // of each head the profile, then the clusters' radii
   int16_t* cluster_ends;  // [num_blocks, num_kv_heads, num_clusters]; row after a cluster's last
   // Of score_clusters and index_pages: [num_blocks, num_kv_heads, code_bytes(...)]; of each head
-  // num_coded_dims deviations in kv_dtype, as many dimensions in a byte each, ascending, and the
+  // num_coded_dims deviations in kv_dtype, as many dimensions in 16 bits each, ascending, and the
   // steps. vllm_clusterkv/key_codes.py says where a key's bits are.
   uint8_t* codes;
   int64_t kv_block_stride;
@@ -165,7 +165,7 @@ CLUSTERKV_HOST_DEVICE constexpr int64_t num_coded_keys(int64_t num_clusters) {
 
 // Bytes of a page and KV head's codes.
 CLUSTERKV_HOST_DEVICE constexpr int64_t code_bytes(int64_t head_size, int64_t element_size) {
-  return num_coded_dims(head_size) * (element_size + 1 + 4 * kCodeSteps);
+  return num_coded_dims(head_size) * (element_size + 2 + 4 * kCodeSteps);
 }
 
 // Rows that are recalled together.

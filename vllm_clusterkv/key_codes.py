@@ -11,10 +11,14 @@ the page's keys spread most:
 ``docs/quality.md`` has how many keys, dimensions and bits, and why.
 
 The codes of a page and KV head are bytes: ``num_coded_dims`` deviations in the pages'
-dtype, as many dimensions, a byte each, and ``NUM_STEPS`` *steps* of 16 *columns*. Of
+dtype, as many dimensions, int16, and ``NUM_STEPS`` *steps* of 16 *columns*. Of
 pages with 16 clusters a column is a cluster, and a step has a key of each. With 8, the
 last 8 columns have further keys of the same clusters; with 32, the first half of the
 steps has the first 16. A cluster with fewer keys has some of them again.
+
+Read as numbers of the pages' dtype, all of it is finite: with a host tier, indexes
+lie where rows will be one day, and FlashAttention multiplies what is behind a request's
+last row by zero. Where 16 bits of codes would not be finite, one of the eight is lower.
 
 Steps lie as a warp on a GPU multiplies them (``place``). Plain PyTorch; kernels have
 their own.
@@ -118,7 +122,11 @@ def encode(
     byte, shift = (where.to(keys.device) for where in place(num_clusters, len(dims)))
     packed = codes.new_zeros(4 * NUM_STEPS * len(dims))
     packed.index_put_((byte,), codes << shift, accumulate=True)
-    return torch.cat([deviations.view(torch.uint8), dims.byte(), packed.byte()])
+    halves = packed.byte().view(torch.int16)
+    # An fp16 number with these bits is not finite; in bf16 and fp32 it takes more.
+    halves[halves & 0x7C00 == 0x7C00] &= ~0x4000
+    parts = (deviations, dims.short(), halves)
+    return torch.cat([part.view(torch.uint8) for part in parts])
 
 
 def decode(
@@ -136,13 +144,13 @@ def decode(
         signed: [..., num_clusters, num_coded_keys, num_coded_dims] fp32: -3, -1, 1, 3.
     """
     num_dims = num_coded_dims(head_size)
-    parts = codes.tensor_split(
-        [num_dims * dtype.itemsize, num_dims * (dtype.itemsize + 1)], -1
-    )
+    ends = (num_dims * dtype.itemsize, num_dims * (dtype.itemsize + 2))
+    parts = codes.tensor_split(ends, -1)
     deviations = parts[0].contiguous().view(dtype).float()
+    dims = parts[1].contiguous().view(torch.int16).long()
     byte, shift = (where.to(codes.device) for where in place(num_clusters, num_dims))
     numbers = (parts[2].int()[..., byte] >> shift) & 3
-    return parts[1].long(), deviations, (2 * numbers - 3).float()
+    return dims, deviations, (2 * numbers - 3).float()
 
 
 def best_key(

@@ -114,7 +114,8 @@ def index_pages(
     ``-s``, 0 and ``s`` its difference from the stored mean reaches, ``s = 0.9956 *
     deviation * radius``. Where a cluster has more keys than have codes, those are kept
     that have the most codes of 0 or 3 (ties to the first); where it has fewer, the
-    same keys again.
+    same keys again. Of the eight codes in 16 bits one is lower by one where they would
+    be a number that is not finite: all of an index can be read as rows.
 
     Attention over a set of past tokens does not depend on their order, so sorting
     a page changes no result. Deterministic.

@@ -15,7 +15,7 @@ describes. A recycled page keeps the bytes of its former owner: an index is vali
 if, and only if, the page is complete.
 
 Llama-3.1-8B in bf16 (8 KV heads of 128, 16 clusters): K and V 1,048,576 bytes,
-index 65,536 + 2,304 + 256 + 17,152 bytes, page 1,134,080 bytes (8.2% more).
+index 65,536 + 2,304 + 256 + 17,408 bytes, page 1,134,080 bytes (8.2% more).
 """
 
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ class PageLayout:
     def code_bytes(self) -> int:
         """Bytes of a KV head's codes of keys in a page's index."""
         return num_coded_dims(self.head_size) * (
-            self.dtype.itemsize + 1 + 4 * NUM_STEPS
+            self.dtype.itemsize + torch.int16.itemsize + 4 * NUM_STEPS
         )
 
     @property

@@ -45,11 +45,12 @@ inline int shift_of(int64_t four, int64_t i) {
 // The dimensions of the largest profile, ties to the lowest; ascending.
 //   profile: [head_size] T; a NaN is larger than any number
 template <typename T>
-void choose_dims(const T* profile, int64_t head_size, int64_t num_dims, std::vector<uint8_t>& all) {
+void choose_dims(const T* profile, int64_t head_size, int64_t num_dims,
+                 std::vector<uint16_t>& all) {
   const auto is_larger = [](float a, float b) { return a > b || (a != a && b == b); };
   all.resize(head_size);
   std::iota(all.begin(), all.end(), 0);
-  std::partial_sort(all.begin(), all.begin() + num_dims, all.end(), [&](uint8_t a, uint8_t b) {
+  std::partial_sort(all.begin(), all.begin() + num_dims, all.end(), [&](uint16_t a, uint16_t b) {
     const float x = widen(profile[a]), y = widen(profile[b]);
     if (is_larger(x, y)) return true;
     return !is_larger(y, x) && a < b;
@@ -77,8 +78,8 @@ class CodeWriter {
     }
     std::memcpy(codes, deviations, num_dims * sizeof(T));
     codes += num_dims * sizeof(T);
-    std::copy_n(dims_.begin(), num_dims, codes);
-    codes += num_dims;
+    std::memcpy(codes, dims_.data(), num_dims * sizeof(uint16_t));
+    codes += num_dims * sizeof(uint16_t);
     means_.resize(num_clusters * num_dims);
     steps_.resize(num_clusters * num_dims);
     for (int64_t c = 0; c < num_clusters; ++c) {
@@ -110,6 +111,7 @@ class CodeWriter {
             c % kColumns + key / steps * kGroupLanes, num_dims, codes);
       }
     }
+    make_finite(codes, kQuarters * kCodeSteps * num_dims);
   }
 
  private:
@@ -130,6 +132,18 @@ class CodeWriter {
     outer_[row] = num_outer;
   }
 
+  // One bit less where 16 are a number that is not finite in fp16; in bf16 and fp32 that
+  // takes more. See key_codes.py.
+  static void make_finite(uint8_t* codes, int64_t num_bytes) {
+    constexpr uint16_t kExponent = 0x7c00, kBit = 0x4000;
+    for (int64_t i = 0; i < num_bytes; i += sizeof(uint16_t)) {
+      uint16_t half;
+      std::memcpy(&half, codes + i, sizeof(half));
+      if ((half & kExponent) == kExponent) half &= static_cast<uint16_t>(~kBit);
+      std::memcpy(codes + i, &half, sizeof(half));
+    }
+  }
+
   static void put(const uint8_t* levels, int64_t step, int64_t column, int64_t num_dims,
                   uint8_t* codes) {
     const int64_t fours = num_fours(num_dims);
@@ -145,7 +159,7 @@ class CodeWriter {
     }
   }
 
-  std::vector<uint8_t> dims_;              // [head_size], first those that are coded
+  std::vector<uint16_t> dims_;             // [head_size], first those that are coded
   std::vector<float> means_, steps_;       // [num_clusters, num_dims], of keys and between levels
   std::vector<uint8_t> rows_;              // [num_rows, num_dims], codes
   std::vector<int> outer_;                 // [num_rows], codes of 0 or 3
@@ -238,7 +252,7 @@ class CodeReader {
   template <typename T>
   void best_keys(const uint8_t* codes, int64_t num_clusters, float* best) {
     weigh<T>(codes);
-    spread_words(codes + num_dims_ * (sizeof(T) + 1));
+    spread_words(codes + num_dims_ * (sizeof(T) + sizeof(uint16_t)));
     const int64_t num_parts = std::max<int64_t>(1, num_clusters / kColumns);
     const int64_t steps = kCodeSteps / num_parts, columns = std::min(num_clusters, kColumns);
     for (int64_t part = 0; part < num_parts; ++part) {
@@ -267,7 +281,8 @@ class CodeReader {
   void weigh(const uint8_t* codes) {
     T deviations[kMostCodedDims];
     std::memcpy(deviations, codes, num_dims_ * sizeof(T));
-    const uint8_t* dims = codes + num_dims_ * sizeof(T);
+    uint16_t dims[kMostCodedDims];
+    std::memcpy(dims, codes + num_dims_ * sizeof(T), num_dims_ * sizeof(uint16_t));
     for_head_blocks(group_, [&](auto heads, int64_t first) {
       constexpr int kHeads = decltype(heads)::value;
       for (int64_t i = 0; i < num_dims_; ++i) {

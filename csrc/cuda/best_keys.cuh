@@ -33,7 +33,7 @@ struct PageCodes {
   static constexpr bool is_upper(int four) { return kFours > 1 && four % 2 == 1; }
 
   uint16_t deviations[kDims];  // of 16-bit type
-  uint8_t dims[kDims];
+  uint16_t dims[kDims];
   uint4 words[kWords / 4][32];
 };
 
@@ -64,7 +64,7 @@ template <int kHeadSize>
 __device__ __forceinline__ void fetch_codes(PageCodes<kHeadSize>& codes, const uint8_t* source,
                                             bool all, bool second_half) {
   using Codes = PageCodes<kHeadSize>;
-  constexpr int kHead = 3 * Codes::kDims / 16, kChunks = sizeof(Codes) / 16;  // of 16 bytes
+  constexpr int kHead = 4 * Codes::kDims / 16, kChunks = sizeof(Codes) / 16;  // of 16 bytes
   constexpr int kHalf = (kChunks - kHead) / 2;
   const int lane = threadIdx.x % 32;
   const uint32_t target = smem_address(&codes);
@@ -88,8 +88,10 @@ __device__ __forceinline__ void load_weights(
   constexpr int kDims = Codes::kDims / 4;  // of a lane
 #pragma unroll
   for (int i = 0; i < kDims; i += 4) {
-    uint32_t dims = *reinterpret_cast<const uint32_t*>(codes.dims + j * kDims + i);
-    dims ^= query.order(g) * 0x01010101u;
+    uint2 dims = *reinterpret_cast<const uint2*>(codes.dims + j * kDims + i);
+    dims.x ^= query.order(g) * 0x00010001u;
+    dims.y ^= query.order(g) * 0x00010001u;
+    const uint32_t places[4] = {dims.x & 0xffff, dims.x >> 16, dims.y & 0xffff, dims.y >> 16};
     const uint2 pairs = *reinterpret_cast<const uint2*>(codes.deviations + j * kDims + i);
     const float2 low = unpack<T>(pairs.x), high = unpack<T>(pairs.y);
     const float deviations[4] = {low.x, low.y, high.x, high.y};
@@ -99,7 +101,7 @@ __device__ __forceinline__ void load_weights(
       float weight[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float asked = static_cast<float>(head[dims >> (8 * k) & 0xff]);
+        const float asked = static_cast<float>(head[places[k]]);
         weight[k] = clamp_or_nan(asked * deviations[k], kLargestWeight);
       }
       const float unit = Codes::is_upper(i / 4) ? 1.0f / 16 : 1.0f;

@@ -6,6 +6,7 @@
 // are kept, and their bits put where score_clusters takes them from (best_keys.cuh).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "best_keys.cuh"
@@ -79,8 +80,11 @@ class PageCoder : public PageKMeans<T, kHeadSize, kNumClusters> {
     }
     keep(scratch, bits, cluster, is_coded);
     __syncthreads();
+    constexpr int kHead = static_cast<int>(offsetof(Codes, words) / 16);
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(Codes) / 16); i += kPageRows) {
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(&scratch.codes)[i];
+      uint4 chunk = reinterpret_cast<const uint4*>(&scratch.codes)[i];
+      if (i >= kHead) chunk = {finite(chunk.x), finite(chunk.y), finite(chunk.z), finite(chunk.w)};
+      reinterpret_cast<uint4*>(target)[i] = chunk;
     }
   }
 
@@ -98,6 +102,13 @@ class PageCoder : public PageKMeans<T, kHeadSize, kNumClusters> {
 
   static __device__ __forceinline__ T* deviations(Scratch& scratch) {
     return reinterpret_cast<T*>(scratch.codes.deviations);
+  }
+
+  // Of the 16-bit numbers in a word, one bit less where such a number is not finite in fp16;
+  // in bf16 that takes more. See key_codes.py.
+  static __device__ __forceinline__ uint32_t finite(uint32_t word) {
+    constexpr uint32_t kExponents = 0x7c007c00u;
+    return word & ~(__vcmpeq2(word & kExponents, kExponents) & 0x40004000u);
   }
 
   // The dimensions of the largest profile, ties to the lowest, in ascending order. Numbers
@@ -122,7 +133,7 @@ class PageCoder : public PageKMeans<T, kHeadSize, kNumClusters> {
     for (int w = 0; w < warp_; ++w) index += scratch.chosen[w];
     if (is_chosen) {
       const T profile = reinterpret_cast<const T*>(scratch.profile)[dim];
-      scratch.codes.dims[index] = static_cast<uint8_t>(dim);
+      scratch.codes.dims[index] = static_cast<uint16_t>(dim);
       deviations(scratch)[index] = from_float<T>(__fsqrt_rn(static_cast<float>(profile)));
     }
   }

@@ -170,6 +170,13 @@ __device__ __forceinline__ float fast_sqrt(float value) {
   return root;
 }
 
+// The 64-bit product, by one instruction.
+__device__ __forceinline__ int64_t multiply_wide(int a, int b) {
+  int64_t product;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 // `value`, or the nearer of -bound and bound if that is closer to zero. Not a number stays so.
 __device__ __forceinline__ float clamp_or_nan(float value, float bound) {
   float below, result;

@@ -78,7 +78,7 @@ __device__ __forceinline__ int num_row_clusters(const SemanticPages& pages, cons
 
 // From block 0 to another's, in elements: launchers see that a stride fits 32 bits.
 __device__ __forceinline__ int64_t block_offset(int place, int64_t stride) {
-  return static_cast<uint64_t>(static_cast<uint32_t>(place)) * static_cast<uint32_t>(stride);
+  return multiply_wide(place, static_cast<int>(stride));
 }
 
 // Scores the clusters of a row and KV head. Tiles of 16 are dealt to `num_workers`

@@ -198,14 +198,14 @@ def by_hand(num_clusters, dtype):
     size = dtype.itemsize
     codes = torch.zeros_like(pages.codes[block, 0])
     codes[: 16 * size].view(dtype)[8] = 2
-    codes[16 * size : 16 * (size + 1)] = torch.arange(16)
+    codes[16 * size : 16 * (size + 2)].view(torch.int16)[:] = torch.arange(16)
     byte, shift = (where[..., 8] for where in key_codes.place(num_clusters, 16))
     numbers = torch.ones_like(byte)
     numbers[:, -1] = 3
     numbers <<= shift
     steps = torch.zeros(64 * 16, dtype=torch.int64)
     steps.index_put_((byte,), numbers, accumulate=True)
-    codes[16 * (size + 1) :] = steps.byte()
+    codes[16 * (size + 2) :] = steps.byte()
     pages.codes[block, 0] = codes
     return inputs, radii, torch.diff(ends, prepend=torch.tensor([0]))
 
