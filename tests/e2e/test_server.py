@@ -43,7 +43,7 @@ def test_one_line_says_what_runs(server):
     [line] = re.findall(r"Using CLUSTERKV attention: .*", server.log.read_text())
     assert line == (
         "Using CLUSTERKV attention: pages of 256 tokens, 16 tokens a cluster, budget "
-        "256 tokens with tail estimate, index overhead 6.8% of the KV cache."
+        "256 tokens with tail estimate, index overhead 8.3% of the KV cache."
     )
 
 
