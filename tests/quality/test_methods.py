@@ -386,7 +386,9 @@ def test_settings_from_text():
         "ours:num_iters=x": "num_iters must be of type int",
         "ours:tokens_per_cluster=24": "tokens_per_cluster must divide",
         "ours:spread=false": "coded must be false without spread",
-        "ours:tokens_per_cluster=4": "got true with spread True and 64 clusters",
+        "ours:tokens_per_cluster=0": "tokens_per_cluster must be at least 1",
+        "ours:num_clusters=3": "ours has the settings",
+        "ours:tokens_per_cluster=4": "with spread True and 64 clusters",
     }.items():
         with pytest.raises(ValueError, match=message):
             make_method(wrong)

@@ -47,11 +47,11 @@ def make_method(spec: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {name!r}")
     default = METHODS[name]()
+    known = [known.name for known in dataclasses.fields(default)]
     given: dict[str, Any] = {}
     for item in filter(None, settings.split(",")):
         field, equals, text = item.partition("=")
-        if not equals or not hasattr(default, field):
-            known = [known.name for known in dataclasses.fields(default)]
+        if not equals or field not in known:
             raise ValueError(f"{name} has the settings {known}, got {item!r}")
         given[field] = _parse(text, getattr(default, field), field)
     return dataclasses.replace(default, **given)

@@ -58,6 +58,10 @@ class Ours(GroupedMethod):
         super().__post_init__()
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        if self.tokens_per_cluster < 1:
+            raise ValueError(
+                f"tokens_per_cluster must be at least 1, got {self.tokens_per_cluster}"
+            )
         if self.page_size % self.tokens_per_cluster:
             raise ValueError(
                 f"tokens_per_cluster must divide the page of {self.page_size} tokens, "
@@ -65,9 +69,9 @@ class Ours(GroupedMethod):
             )
         if self.coded and not (self.spread and self.num_clusters in CODED_CLUSTERS):
             raise ValueError(
-                "coded must be false without spread, and where a page does not have 8, "
-                f"16 or 32 clusters; got true with spread {self.spread} and "
-                f"{self.num_clusters} clusters"
+                "coded must be false without spread, and where page_size over "
+                "tokens_per_cluster is not 8, 16 or 32; got true, the default, "
+                f"with spread {self.spread} and {self.num_clusters} clusters"
             )
 
     @property
