@@ -28,7 +28,6 @@ class PageCoder : public PageKMeans<T, kHeadSize, kNumClusters> {
   using KMeans::num_sinks_;
   using KMeans::s_;
   using KMeans::warp_;
-  using KMeans::words;
 
  public:
   using KMeans::KMeans;

@@ -128,7 +128,7 @@ __device__ __forceinline__ void score_row(ScoreShared<T, kHeadSize, kHeadTiles>&
   }
   const int end = num_row_clusters(pages, p.rows, req);
   if (static_cast<int>(blockIdx.x) * kScoreWarps * 16 >= end) return;  // all warps of the block
-  // A tile of one page.
+  // A row's last tile may have one page alone.
   const auto check_second = [&](int tile) {
     if (kTwoPages && tile + 8 >= end) places[1] = places[0];
   };
