@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality import needle_grid, peers, ruler, teacher_forcing
-from benchmarks.quality.vllm_runner import SETTINGS
+from benchmarks.quality.vllm_runner import SETTINGS, method_settings
+from vllm_clusterkv.config import ClusterKVConfig
 
 TASKS = (*ruler.TASKS, needle_grid.TASK, *teacher_forcing.TASKS)
 GROUPS = {"ruler": tuple(ruler.TASKS), "all": TASKS}
@@ -161,6 +162,7 @@ def complete(args: argparse.Namespace, max_model_len: int) -> None:
     args.tasks = _tasks(args.tasks)
     args.methods = list(dict.fromkeys(args.methods))
     peers.check_methods([name for name in args.methods if name not in SETTINGS])
+    _check_settings(args)
     _require_dense(args)
     longest = max(args.context_lens)
     for task, name in (
@@ -184,6 +186,17 @@ def method_budgets(args: argparse.Namespace) -> list[tuple[str, int | None]]:
         if name not in dense:
             pairs += [(name, budget) for budget in sorted(args.token_budgets)]
     return pairs
+
+
+def _check_settings(args: argparse.Namespace) -> None:
+    """Raises ValueError for settings of clusterkv that an engine would refuse."""
+    for name, budget in method_budgets(args):
+        settings = SETTINGS.get(name) and method_settings(name, budget, args.settings)
+        if settings:
+            try:
+                ClusterKVConfig.from_additional_config({"clusterkv": settings})
+            except ValueError as error:
+                raise ValueError(f"--settings for {name}: {error}") from error
 
 
 def _require_dense(args: argparse.Namespace) -> None:

@@ -47,10 +47,13 @@ class Results:
             ValueError: The folder's results are of other settings.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._settings_file = folder / "settings.json"
+        self._file = folder / "results.jsonl"
+        text = self._file.read_text() if self._file.exists() else ""
+        settings_file = folder / "settings.json"
         settings = json.loads(json.dumps(settings))
-        if self._settings_file.exists():
-            earlier = json.loads(self._settings_file.read_text())
+        # Settings of a run that ended before its first result bind nobody.
+        if text and settings_file.exists():
+            earlier = json.loads(settings_file.read_text())
             for name in settings:
                 if earlier.get(name) != settings[name]:
                     raise ValueError(
@@ -59,9 +62,7 @@ class Results:
                         f"{_short(settings[name])}: give another folder"
                     )
         else:
-            self._settings_file.write_text(json.dumps(settings, indent=2) + "\n")
-        self._file = folder / "results.jsonl"
-        text = self._file.read_text() if self._file.exists() else ""
+            settings_file.write_text(json.dumps(settings, indent=2) + "\n")
         # A line that an interruption cut off is dropped.
         whole = text[: text.rfind("\n") + 1]
         if whole != text:

@@ -24,6 +24,22 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
 }
 
 
+def method_settings(
+    name: str, token_budget: int | None, more: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The plugin's settings of a method; None without the plugin.
+
+    Args:
+        name: A key of ``SETTINGS``.
+        token_budget: Of clusterkv.
+        more: ``EngineOptions.settings``.
+    """
+    settings = SETTINGS[name]
+    if settings is None:
+        return None
+    return settings | {"token_budget": token_budget} | more
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What all engines of an evaluation have in common.
@@ -85,12 +101,9 @@ class VllmRunner:
         self._log.write_text("")
         stats = options.log_dir / f"{stem}.stats.jsonl"
         stats.write_text("")
-        settings = SETTINGS[name]
-        if settings is not None:
-            settings = settings | {"token_budget": token_budget} | options.settings
         spec = EngineSpec(
             options.model,
-            settings,
+            method_settings(name, token_budget, options.settings),
             options.dense_backend,
             options.max_model_len,
             options.top_k,

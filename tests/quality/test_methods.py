@@ -388,6 +388,11 @@ def test_settings_from_text():
         "ours:spread=false": "coded must be false without spread",
         "ours:tokens_per_cluster=0": "tokens_per_cluster must be at least 1",
         "ours:num_clusters=3": "ours has the settings",
+        "ours:num_iters=-1": "num_iters must be at least 1",
+        "quest:tokens_per_group=0": "tokens_per_group must be at least 1",
+        "window:page_size=0": "page_size must be at least 1",
+        "oracle:num_sink_tokens=-1": "num_sink_tokens must be at least 0",
+        "clusterkv-published:init=best": "init must be one of",
         "ours:tokens_per_cluster=4": "with spread True and 64 clusters",
     }.items():
         with pytest.raises(ValueError, match=message):

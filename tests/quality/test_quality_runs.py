@@ -71,6 +71,14 @@ def arguments(*words: str) -> Namespace:
         (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--depths", "2"], "--depths must be from 0 to 1, got 2"),
         (["--settings", "[1]"], r"--settings must be a JSON object, got \[1\]"),
+        (
+            ["--settings", '{"bogus": 1}'],
+            "--settings for clusterkv: .* no setting 'bogus'",
+        ),
+        (
+            ["--settings", '{"num_iters": 0}'],
+            "--settings for clusterkv: .*num_iters must be .*, got 0",
+        ),
         (["--methods", "clusterkv"], "--methods must be with dense for"),
         (
             ["--tasks", "teacher_forcing", "--methods", "quest"],
@@ -136,6 +144,7 @@ def record(task: str, index: int, method: str, score: float) -> dict:
 
 
 def test_results_outlive_an_interruption(tmp_path):
+    Results(tmp_path, {"seed": 1})  # that ended before its first result
     results = Results(tmp_path, {"seed": 0})
     results.add(record("vt", 0, "dense", 100))
     results.add(record("vt", 1, "dense", 50))

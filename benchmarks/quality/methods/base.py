@@ -111,6 +111,12 @@ class Method(ABC):
     num_sink_tokens: int = 16
     page_size: int = 256
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            low = 0 if name == "num_sink_tokens" else 1
+            if type(value) is int and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+
     @property
     def depends_on_prompt(self) -> bool:
         """Whether a context in one piece is indexed otherwise than token by token."""

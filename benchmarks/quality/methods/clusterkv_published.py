@@ -20,7 +20,12 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.quality.methods.groups import GroupedIndex, GroupedMethod
-from benchmarks.quality.methods.kmeans import assign, first_means, move_means
+from benchmarks.quality.methods.kmeans import (
+    assign,
+    check_init,
+    first_means,
+    move_means,
+)
 
 _LABEL_BYTES = 4
 """A token's position in a cluster's list, an int32."""
@@ -44,6 +49,10 @@ class ClusterKVPublished(GroupedMethod):
     window_clusters: int = 4
     num_iters: int = 20
     init: str = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_init(self.init)
 
     @property
     def depends_on_prompt(self) -> bool:

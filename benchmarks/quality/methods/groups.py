@@ -38,6 +38,7 @@ class GroupedMethod(Method):
     trim: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.vote not in VOTES:
             raise ValueError(f"vote must be one of {VOTES}, got {self.vote!r}")
 

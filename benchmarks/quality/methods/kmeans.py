@@ -12,6 +12,12 @@ INITS = ("farthest", "spaced", "random")
 sets, as ClusterKV's system code."""
 
 
+def check_init(init: str) -> None:
+    """Raises ValueError for what is not one of ``INITS``."""
+    if init not in INITS:
+        raise ValueError(f"init must be one of {INITS}, got {init!r}")
+
+
 def cluster_keys(
     keys: torch.Tensor, num_clusters: int, num_iters: int, init: str = "farthest"
 ) -> torch.Tensor:
@@ -44,8 +50,7 @@ def first_means(keys, num_clusters: int, init: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(num_rows, (num_clusters,), generator=generator)
         return keys[:, rows.to(keys.device)]
-    if init != "farthest":
-        raise ValueError(f"init must be one of {INITS}, got {init!r}")
+    check_init(init)
     rows = spread_rows(keys, num_clusters)
     return keys.take_along_dim(rows[..., None], 1)
 

@@ -22,7 +22,7 @@ from benchmarks.quality.methods.groups import (
     GroupedMethod,
     count_labels,
 )
-from benchmarks.quality.methods.kmeans import INITS, cluster_keys
+from benchmarks.quality.methods.kmeans import check_init, cluster_keys
 from vllm_clusterkv import key_codes, ops, reference
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 from vllm_clusterkv.requirements import CUDA_HEAD_SIZES, HEAD_SIZES
@@ -56,12 +56,7 @@ class Ours(GroupedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
-        if self.tokens_per_cluster < 1:
-            raise ValueError(
-                f"tokens_per_cluster must be at least 1, got {self.tokens_per_cluster}"
-            )
+        check_init(self.init)
         if self.page_size % self.tokens_per_cluster:
             raise ValueError(
                 f"tokens_per_cluster must divide the page of {self.page_size} tokens, "
