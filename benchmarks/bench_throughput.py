@@ -9,10 +9,10 @@ backend and where pages go that do not fit:
     dense+offload    the same, with --kv-offloading-size of --host-memory-gib
     clusterkv        this plugin, with host_memory_gib of as much
 
-A point is a concurrency: --num-requests requests of --prompt-len random token ids, no
-two with a beginning in common, are sent to the server as fast as the concurrency
-allows, and each gets --output-len tokens. Before a server's first point two others
-warm it up. Of each point:
+A point is a concurrency and a length of answers: --num-requests requests of
+--prompt-len random token ids, no two with a beginning in common, are sent to the server
+as fast as the concurrency allows, and each gets --output-len tokens. Before a server's
+first point two others warm it up. Of each point:
 
     output_tok_s     tokens of all answers over the time from the first request to the
                      last token: with prompts, waiting, first and last requests
@@ -41,6 +41,7 @@ left out, and so is a server without points, so a run goes on where the last one
 
 import argparse
 import csv
+import itertools
 import json
 import shlex
 import signal
@@ -99,45 +100,53 @@ def num_requests(args: argparse.Namespace, concurrency: int) -> int:
     return args.num_requests or max(concurrency, 3)
 
 
-def missing_points(backend: str, args: argparse.Namespace, rows: list[dict]) -> list:
-    """Concurrencies that ``rows`` do not have."""
+Point = tuple[int, int]
+"""Requests at once, and tokens of an answer."""
+
+
+def missing_points(
+    backend: str, args: argparse.Namespace, rows: list[dict]
+) -> list[Point]:
+    """Points that ``rows`` do not have."""
     return [
-        concurrency
-        for concurrency in args.concurrency
-        if not any(is_point(row, backend, args, concurrency) for row in rows)
+        point
+        for point in itertools.product(args.concurrency, args.output_len)
+        if not any(is_point(row, backend, args, point) for row in rows)
     ]
 
 
-def is_point(row: dict, backend: str, args: argparse.Namespace, number: int) -> bool:
+def is_point(row: dict, backend: str, args: argparse.Namespace, point: Point) -> bool:
     """Whether a row, perhaps read from a file, is of that point."""
-    columns = point_columns(backend, args, number)
+    columns = point_columns(backend, args, point)
     return all(str(row[name]) == str(value) for name, value in columns.items())
 
 
-def point_columns(backend: str, args: argparse.Namespace, concurrency: int) -> dict:
+def point_columns(backend: str, args: argparse.Namespace, point: Point) -> dict:
     """What tells a point from others."""
     is_sparse = backend == "clusterkv"
+    concurrency, output_len = point
     return {
         "model": Path(args.model).name,
         "backend": backend,
         "concurrency": concurrency,
         "prompt_len": args.prompt_len,
-        "output_len": args.output_len,
+        "output_len": output_len,
         "num_requests": num_requests(args, concurrency),
+        "max_num_batched_tokens": args.max_num_batched_tokens,
         "token_budget": args.token_budget if is_sparse else "",
         "host_memory_gib": "" if backend == "dense" else args.host_memory_gib,
     }
 
 
 def run_backend(
-    backend: str, args: argparse.Namespace, points: list[int], facts: dict
+    backend: str, args: argparse.Namespace, points: list[Point], facts: dict
 ) -> Iterator[dict]:
     """Measures a backend's points.
 
     Args:
         backend: One of ``BACKENDS``.
         args: The command line's.
-        points: Concurrencies.
+        points: To measure, in this order.
         facts: Gets what is to be known of the server.
 
     Yields:
@@ -151,10 +160,13 @@ def run_backend(
         facts[backend] = server.facts()
         warm_up = make_prompts(args, 0, 2)
         serve(server.url, Crowd(args.model, warm_up, WARM_UP_TOKENS, 2))
-        for concurrency in points:
-            prompts = make_prompts(args, concurrency, num_requests(args, concurrency))
-            crowd = Crowd(args.model, prompts, args.output_len, concurrency)
-            row = point_columns(backend, args, concurrency)
+        for point in points:
+            concurrency, output_len = point
+            # No point finds another's prompts in the prefix cache.
+            seed = max(args.concurrency) * output_len + concurrency
+            prompts = make_prompts(args, seed, num_requests(args, concurrency))
+            crowd = Crowd(args.model, prompts, output_len, concurrency)
+            row = point_columns(backend, args, point)
             row |= summary(*serve(server.url, crowd))
             row["kv_tokens"] = facts[backend]["kv_tokens"]
             print(f"{backend}: {json.dumps(row)}", flush=True)
@@ -172,7 +184,7 @@ def stop(server: Server, args: argparse.Namespace) -> None:
         crowd = Crowd(
             args.model,
             make_prompts(args, 10**6, number),
-            args.output_len,
+            args.output_len[-1],
             number,
         )
         unfinished = stop_under_load(server.url, crowd, server.stop)
@@ -247,12 +259,12 @@ def parse_args() -> argparse.Namespace:
     add("--concurrency", type=int, nargs="+", default=[1, 8, 13, 36])
     add("--num-requests", type=int, help="of each point; as many as at once, or 3")
     add("--prompt-len", type=int, default=32768)
-    add("--output-len", type=int, default=512, help="at least 2")
+    add("--output-len", type=int, nargs="+", default=[512], help="2 and more")
     add("--host-memory-gib", type=float, default=96, help="0: clusterkv has no tier")
     add("--token-budget", type=int, default=1024)
     add("--settings", type=json.loads, default={}, help="more for clusterkv, as JSON")
     add("--dense-backend", default=DENSE_BACKEND[device()])
-    add("--max-model-len", type=int, help="prompt and output, in whole pages, if none")
+    add("--max-model-len", type=int, help="prompt and longest output, in whole pages")
     add("--max-num-seqs", type=int, default=64)
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--gpu-memory-utilization", type=float, default=0.9)
@@ -262,10 +274,10 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "benchmarks/results", help="folder")
     add("--commit", help="to record, where this is no checkout")
     args = parser.parse_args()
-    if args.output_len < 2:
+    if min(args.output_len) < 2:
         parser.error("--output-len must be at least 2")
     if not args.max_model_len:
-        length = args.prompt_len + args.output_len
+        length = args.prompt_len + max(args.output_len)
         args.max_model_len = -(-length // BLOCK_SIZE) * BLOCK_SIZE
     if args.max_num_seqs < max(args.concurrency):
         parser.error("--max-num-seqs must be at least --concurrency")
