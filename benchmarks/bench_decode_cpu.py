@@ -133,6 +133,7 @@ def make_first_layer(case: Case, generator: torch.Generator) -> Layer:
     num_indexed = (case.seq_len - 1) // BLOCK_SIZE
     ops.index_pages(
         *layer.index,
+        layer.codes,
         layer.block_table[:, :num_indexed].flatten(),
         sinks[:, :num_indexed].flatten(),
         CONFIG.num_iters,

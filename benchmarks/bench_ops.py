@@ -340,7 +340,12 @@ def parse_args() -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     add("--out", type=Path, default=ROOT / "benchmarks/results", help="folder")
     add("--commit", help="to record, where this is no checkout")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cpu" and args.out == parser.get_default("out"):
+        parser.error("--device cpu needs --out: the results there are a GPU's")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu for a dry run, with small numbers")
+    return args
 
 
 def main() -> None:

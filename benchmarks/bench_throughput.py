@@ -37,6 +37,7 @@ the KV cache there, 1 if not set, and vLLM does not offload.
 Writes throughput.csv, throughput.machine.json, a log a server and, with matplotlib,
 throughput.png. Rows are written as they come; points that the CSV file in --out has are
 left out, and so is a server without points, so a run goes on where the last one ended.
+One of another commit, GPU or settings needs another folder.
 """
 
 import argparse
@@ -228,15 +229,42 @@ def summary(streams: list[Stream], samples: list[Sample]) -> dict:
     }
 
 
-def read_results(out: Path) -> tuple[list[dict], dict]:
-    """Rows, and facts of the servers, that a run before has left."""
+COMMON = ("commit", "gpu", "vllm", "torch", "settings")
+"""What all rows of a folder have in common, by their names in the JSON file."""
+
+
+def server_settings(args: argparse.Namespace) -> dict:
+    """What makes servers and prompts what they are, beside the backend."""
+    points = ("model", "backends", "concurrency", "output_len", "num_requests")
+    apart = {*points, "stop", "start_timeout", "out", "commit"}
+    return {name: value for name, value in vars(args).items() if name not in apart}
+
+
+def read_results(out: Path, info: dict) -> tuple[list[dict], dict]:
+    """What a run before has left in a folder.
+
+    Args:
+        out: The folder.
+        info: What the results of this run are to be of.
+
+    Returns:
+        Rows, and facts of the servers.
+
+    Raises:
+        ValueError: Its results are of something else.
+    """
     table, machine = out / "throughput.csv", out / "throughput.machine.json"
-    rows: list[dict] = []
-    if table.exists():
-        with table.open() as file:
-            rows = list(csv.DictReader(file))
-    facts = json.loads(machine.read_text())["servers"] if machine.exists() else {}
-    return rows, facts
+    if not table.exists():
+        return [], {}
+    earlier = json.loads(machine.read_text())
+    for name in COMMON:
+        if earlier.get(name) != info[name]:
+            raise ValueError(
+                f"--out {out} holds results with {name} = {earlier.get(name)}, "
+                f"now it is {info[name]}: give another folder"
+            )
+    with table.open() as file:
+        return list(csv.DictReader(file)), earlier["servers"]
 
 
 def write_results(out: Path, rows: list[dict], info: dict, facts: dict) -> None:
@@ -260,7 +288,7 @@ def parse_args() -> argparse.Namespace:
     add("--num-requests", type=int, help="of each point; as many as at once, or 3")
     add("--prompt-len", type=int, default=32768)
     add("--output-len", type=int, nargs="+", default=[512], help="2 and more")
-    add("--host-memory-gib", type=float, default=96, help="0: clusterkv has no tier")
+    add("--host-memory-gib", type=float, default=96.0, help="0: clusterkv has no tier")
     add("--token-budget", type=int, default=1024)
     add("--settings", type=json.loads, default={}, help="more for clusterkv, as JSON")
     add("--dense-backend", default=DENSE_BACKEND[device()])
@@ -289,10 +317,14 @@ def main() -> None:
     # An end by SIGTERM takes the servers along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     info = gpu_machine() | {"command": command_line()}
+    info["settings"] = server_settings(args)
     if args.commit:
         info["commit"] = args.commit
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, facts = read_results(args.out)
+    try:
+        rows, facts = read_results(args.out, info)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     for backend in args.backends:
         points = missing_points(backend, args, rows)
         if not points:

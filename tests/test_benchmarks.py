@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""What benchmarks compute from what they see; a dry run of the one of recall."""
+"""What benchmarks compute from what they see, and dry runs of those of ops."""
 
 import csv
 import importlib
@@ -18,10 +18,23 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def streams(monkeypatch):
-    """The module, which finds its neighbours as a script's does."""
+def script(monkeypatch):
+    """Imports a module, which finds its neighbours as a script does."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("streams")
+    return importlib.import_module
+
+
+@pytest.fixture
+def streams(script):
+    return script("streams")
+
+
+def run_script(name, *words):
+    subprocess.run(
+        [sys.executable, ROOT / f"benchmarks/{name}.py", *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
 
 
 def samples(*columns):
@@ -87,15 +100,60 @@ def test_most_that_decode_at_once(streams):
     assert crowd[0].tpot_s == 0.5 and crowd[1].ttft_s == 1
 
 
+def test_throughput_goes_on_where_it_ended(script, monkeypatch, tmp_path):
+    bench = script("bench_throughput")
+
+    def parse_args(*words):
+        words = ["x", "--model", "m", "--out", str(tmp_path), *words]
+        monkeypatch.setattr(sys, "argv", words)
+        return bench.parse_args()
+
+    args = parse_args("--concurrency", "2", "4", "--output-len", "16", "32")
+    info = {"commit": "c", "gpu": "g", "vllm": "0", "torch": "0"}
+    info["settings"] = bench.server_settings(args)
+    assert bench.read_results(tmp_path, info) == ([], {})
+    row = bench.point_columns("clusterkv", args, (2, 16))
+    bench.write_results(tmp_path, [row], info, {"clusterkv": {}})
+    rows, facts = bench.read_results(tmp_path, info)
+    assert facts == {"clusterkv": {}}
+    missing = [(2, 32), (4, 16), (4, 32)]
+    assert bench.missing_points("clusterkv", args, rows) == missing
+    assert len(bench.missing_points("dense", args, rows)) == 4
+    for name, other in [
+        ("commit", "d"),
+        ("settings", bench.server_settings(parse_args("--prompt-len", "64"))),
+    ]:
+        with pytest.raises(ValueError, match=f"with {name} = .*give another folder"):
+            bench.read_results(tmp_path, info | {name: other})
+
+
+def test_decode_runs_on_a_cpu(tmp_path):
+    words = "--num-heads 4 --num-kv-heads 2 --head-size 64 --context-lens 1024"
+    words += " --batch-sizes 2 --token-budgets 256 --repeats 2 --no-plot"
+    run_script("bench_decode_cpu", *words.split(), "--out", tmp_path / "decode.csv")
+    with (tmp_path / "decode.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    parts = ["score_clusters", "select_clusters", "sparse_decode", "sparse"]
+    assert {row["op"] for row in rows} >= {"dense", "cpu_attn", "index_pages", *parts}
+    assert all(float(row["time_us"]) > 0 for row in rows)
+
+
+def test_ops_run_dry_on_a_cpu(tmp_path):
+    words = "--device cpu --context-lens 2048 --batch-sizes 1 --replays 2"
+    words += f" --pool-gib 0.2 --out {tmp_path} --baselines"
+    run_script("bench_ops", *words.split())
+    with (tmp_path / "ops.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["op"] for row in rows} >= {"score_clusters", "index_pages"}
+    with pytest.raises(subprocess.CalledProcessError):
+        run_script("bench_ops", "--device", "cpu")
+
+
 def test_recall_runs_dry_on_a_cpu(tmp_path):
     words = "--rows 1 2 --context-len 2048 --max-model-len 2048 --token-budget 128"
     words += " --miss-shares 0 0.25 1 --replays 2 --max-layers 2 --device cpu"
     words += f" --host-gib 0.1 --copy-gib 0.01 --out {tmp_path}"
-    subprocess.run(
-        [sys.executable, ROOT / "benchmarks/bench_recall.py", *words.split()],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=True,
-    )
+    run_script("bench_recall", *words.split())
     with (tmp_path / "recall.csv").open() as file:
         copy, *rows = csv.DictReader(file)
     assert copy["what"] == "copy" and float(copy["gb_s"]) > 0

@@ -178,7 +178,7 @@ def score_clusters(
     By the best *coded key*: ``scale * query[r, h] . (mean_key[c] + off) -
     log(count[c])``, with ``off = radius[c] * deviation * 0.4978 * (2 * code - 3)`` in
     the coded dimensions, and the products ``query * deviation`` rounded to fp16 (cut at
-    65504).
+    65504; on a GPU rounded to multiples of 2**-18 where those are coarser).
 
     ``estimates[r, h, c]`` is the same, but at most 4 above the mean key's logit: a
     cluster stood in for by its mean weighs at most 55 times what that makes of it.

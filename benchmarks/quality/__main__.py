@@ -17,7 +17,13 @@ from benchmarks.quality import needle_grid, ruler
 from benchmarks.quality.evaluate import Evaluation, make_samples
 from benchmarks.quality.methods import METHODS, make_method
 from benchmarks.quality.plan import complete, make_parser
-from benchmarks.quality.results import Results, summarize, table, write_csv
+from benchmarks.quality.results import (
+    Results,
+    code_fingerprint,
+    summarize,
+    table,
+    write_csv,
+)
 from benchmarks.quality.samples import Prompter
 from benchmarks.quality.texts import Texts, load_texts
 from vllm_clusterkv.config import ClusterKVConfig
@@ -78,6 +84,7 @@ def _settings(args: argparse.Namespace, texts: Texts) -> dict:
     return {
         "model": Path(args.model).name,
         "weights": _fingerprint(Path(args.model)),
+        "code": code_fingerprint(),
         "defaults": _defaults(),
         "seed": args.seed,
         "needle_samples": args.needle_samples,

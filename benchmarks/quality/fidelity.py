@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, DynamicCache
 from benchmarks.quality.hf_runner import HFModel
 from benchmarks.quality.methods import METHODS, Index, Method, make_method
 from benchmarks.quality.methods.attention import attend, exact_logits
+from benchmarks.quality.results import code_fingerprint
 
 SPAN = 512
 """Offsets of positions count from a multiple of this: the largest page of a sweep."""
@@ -397,6 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     described = ", ".join(f"{name} {value}" for name, value in settings.items())
     # A line's method means what it meant: with other defaults a run does not go on.
+    settings["code"] = code_fingerprint()
     settings["defaults"] = {name: asdict(make_method(name)) for name in METHODS}
     try:
         specs = method_specs(args.methods, args.sweep, args.sweep_base)

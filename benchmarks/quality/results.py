@@ -3,11 +3,14 @@
 """Results on disk: one JSON line a sample and method, and tables made of them."""
 
 import csv
+import hashlib
 import json
 import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
+
+import vllm_clusterkv
 
 FIELDS = [
     "model",
@@ -20,6 +23,19 @@ FIELDS = [
     "samples",
     "attended",
 ]
+
+
+def code_fingerprint() -> str:
+    """Of the package as installed, kernels included, and of this evaluation.
+
+    Results of one folder are of one code: without it a run that goes on after a change
+    would mix methods of the same name.
+    """
+    digest = hashlib.sha256()
+    for folder in (Path(vllm_clusterkv.__file__).parent, Path(__file__).parent):
+        for file in sorted([*folder.rglob("*.py"), *folder.glob("*.so")]):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def key_of(

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -63,17 +62,6 @@ inline float rounded_square(float x, BFloat16) { return static_cast<BFloat16>(x 
 inline float rounded_square(float x, Half) {  // Half ends at 65504
   x = std::min(std::abs(static_cast<float>(static_cast<Half>(x / 16.0f))), 255.0f);
   return 256.0f * static_cast<float>(static_cast<Half>(x * x));
-}
-
-// log(count) of every cluster size that a page can have; NaN for a cluster without keys.
-const float* log_counts() {
-  static const std::array<float, 257> table = [] {
-    std::array<float, 257> logs{};
-    logs[0] = std::numeric_limits<float>::quiet_NaN();
-    for (int i = 1; i < 257; ++i) logs[i] = std::log(static_cast<float>(i));
-    return logs;
-  }();
-  return table.data();
 }
 
 // Makes scores and estimates of a page's logits of mean keys.
@@ -194,7 +182,7 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
         count_page_tokens(ends_of_page(pages, rows, req, head, page), pages.num_clusters, page,
                           p.num_sink_tokens, of_page);
         for (int64_t c = 0; c < pages.num_clusters; ++c) {
-          logs[c] = log_counts()[static_cast<int64_t>(of_page[c])];
+          logs[c] = log_count(static_cast<int64_t>(of_page[c]));
         }
         codes.best_keys<T>(codes_of(page), pages.num_clusters, best.data());
         const int64_t first_of_page = page * pages.num_clusters;

@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -23,16 +22,6 @@ namespace {
 
 constexpr int64_t kTileRows = 32;  // two tiles of K and V fit L1 at head size 128
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
-
-// log(count) of every cluster size that a page can have.
-const float* log_counts() {
-  static const std::array<float, 257> table = [] {
-    std::array<float, 257> logs{};
-    for (int i = 0; i < 257; ++i) logs[i] = std::log(static_cast<float>(i));
-    return logs;
-  }();
-  return table.data();
-}
 
 // The rows that one task attends to. Listing a row of the first tile asks for it.
 template <typename T>
@@ -252,7 +241,6 @@ template <typename T>
 void list_rows(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t first_page,
                int64_t last_page, RowList<T>& list) {
   const SemanticPages& pages = p.pages;
-  const float* log_count = log_counts();
   const int64_t seq_len = p.rows.seq_lens[req], row_stride = pages.kv_row_stride;
   const int64_t num_indexed = num_indexed_pages(seq_len, pages.block_size);
   const bool dense = is_dense(seq_len, p.rows.min_sparse_lens[req]);
@@ -285,7 +273,7 @@ void list_rows(const SparseDecodeParams& p, int64_t req, int64_t head, int64_t f
       } else if (selected[cluster]) {
         list.add_tokens(rows + start * row_stride, end - start, row_stride);
       } else if (p.tail_estimate && end > start) {
-        list.add_mean(mean_values + c * pages.centroid_row_stride, cluster, log_count[end - start]);
+        list.add_mean(mean_values + c * pages.centroid_row_stride, cluster, log_count(end - start));
       }
       start = end;
     }

@@ -73,6 +73,17 @@ def test_equal_keys_have_no_deviations(device):
         assert sorted(signed.mean((1, 2)).tolist()) == [-3.0] * 15 + [3.0]
 
 
+@pytest.mark.parametrize("make_rows", [random_rows, uneven_rows])
+@pytest.mark.parametrize("case", cases.INDEX, ids=str)
+def test_indexes_are_finite_numbers(case, make_rows, device):
+    """With a host tier they lie where rows will be, and FlashAttention reads them."""
+    pages, blocks = run(case, make_rows(case), device)
+    layout = pages.layout
+    used = slice(layout.kv_bytes, layout.used_bytes)
+    indexes = pages.bytes_of_blocks()[blocks.long(), used].contiguous()
+    assert indexes.view(case.dtype).isfinite().all()
+
+
 @pytest.mark.parametrize("num_clusters", [8, 16, 32])
 def test_a_cluster_without_keys_has_zero_codes(num_clusters, device):
     case = IndexCase((250,), tokens_per_cluster=256 // num_clusters, num_kv_heads=1)
@@ -268,6 +279,24 @@ def test_codes_that_are_not_numbers_leave_scores_by_spread(
     assert not actual[0].isnan().any()
     for is_, should_be in zip(actual, expected, strict=True):
         assert_same_bits(is_, should_be)
+
+
+@pytest.mark.parametrize("end", [-1, 0, 30000])
+def test_clusters_that_cannot_be_have_no_best_key(end, device):
+    """Ends of an index that is not valid: poison, zeros, garbage."""
+    case = cases.DecodeCase((600,), num_sink_tokens=16)
+    inputs, without = make_decode_inputs(case), make_decode_inputs(case)
+    blocks = inputs.block_table[0, :2].long()
+    for each in (inputs, without):
+        each.pages.cluster_ends[blocks] = end
+    without.pages.codes[blocks] = 0
+    is_first = torch.zeros(2, 16, dtype=torch.bool)
+    is_first[:, 0] = end > 0  # the only cluster that may have tokens
+    kept = ~is_first.flatten()
+    actual = inputs.to(device).score_all(ops)[:2]
+    expected = without.to(device).score_all(ops)[:2]
+    for is_, should_be in zip(actual, expected, strict=True):
+        assert_same_bits(is_[0, :, :32][:, kept], should_be[0, :, :32][:, kept])
 
 
 def test_a_nan_mean_is_a_nan_score(device):

@@ -92,6 +92,11 @@ class HostTier:
         for cache in caches:
             layout.index_views(cache)  # raises where the layer is not of this layout
         self._block_bytes = caches[0].stride(0) * caches[0].element_size()
+        if self._block_bytes % INDEX_UNIT:
+            raise ValueError(
+                f"blocks must be of a multiple of {INDEX_UNIT} bytes, "
+                f"got {self._block_bytes}"
+            )
         self._spans = _join_layers(caches, layout.page_bytes)
         self._caches = caches
         self._poison_released = poison_released
