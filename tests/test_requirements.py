@@ -104,7 +104,10 @@ def test_views_for_submodels_are_left_alone(create_config):
         ({"kv_cache_dtype": "float16"}, "own dtype, bfloat16, got float16"),
         ({"speculative_config": NGRAM}, "--speculative-config is not supported"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1, got 2"),
-        ({"kv_offloading_size": 1.0}, "--kv-offloading-size is not supported"),
+        (
+            {"kv_offloading_size": 1.0},
+            "--kv-offloading-size is not supported: .* clusterkv.host_memory_gib",
+        ),
         ({"model": MISTRAL}, "window of 1024 tokens; pass --disable-sliding-window"),
         ({"model": DEEPSEEK}, "MLA models are not supported"),
         ({"model": BERT}, "must be a decoder.*got one of type encoder_only"),

@@ -130,7 +130,8 @@ def check_config(vllm_config: "VllmConfig") -> None:
             raise refusal(
                 f"{flag} is not supported: a KV connector moves pages without their "
                 "index",
-                "leave it out",
+                "leave it out; clusterkv.host_memory_gib in --additional-config keeps "
+                "pages in host memory",
             )
     if vllm_config.model_config is not None:
         _warn_if_compiled(vllm_config.model_config)
