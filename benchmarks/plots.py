@@ -73,7 +73,7 @@ def plot_decode(results: Path, out: Path) -> None:
         f"Decode attention on {rows[0]['cpu']}, {rows[0]['threads']} threads"
     )
     figure.tight_layout()
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, bbox_inches="tight")
     print(f"wrote {out}")
 
 
@@ -169,6 +169,7 @@ def plot_throughput(results: Path, out: Path) -> None:
     """
     with results.open() as file:
         rows = list(csv.DictReader(file))
+    first = rows[0]
     columns = {
         "output_tok_s": "output tokens a second, whole run",
         "decode_tok_s": "output tokens a second, decode alone",
@@ -176,27 +177,37 @@ def plot_throughput(results: Path, out: Path) -> None:
     }
     figure, axes = plt.subplots(1, len(columns), figsize=(5.5 * len(columns), 4.5))
     for axis, (column, title) in zip(axes, columns.items(), strict=True):
-        lines = dict.fromkeys((row["backend"], row["output_len"]) for row in rows)
-        for backend, output_len in lines:
+        line_columns = ("backend", "output_len", "max_num_batched_tokens")
+        lines = dict.fromkeys(tuple(row[name] for name in line_columns) for row in rows)
+        for line in lines:
+            backend, output_len, chunk = line
             points = {
                 int(row["concurrency"]): float(row[column])
                 for row in rows
-                if (row["backend"], row["output_len"]) == (backend, output_len)
-                and row[column]
+                if tuple(row[name] for name in line_columns) == line and row[column]
             }
+            if not points:
+                continue
             numbers = sorted(points)
             axis.plot(
                 numbers,
                 [points[n] for n in numbers],
-                "o-" if output_len == rows[0]["output_len"] else "s--",
-                label=f"{backend}, {output_len} tokens each",
+                "o-" if output_len == first["output_len"] else "s--",
+                label=f"{backend}, {output_len} tokens each, chunks of {chunk}",
                 color=_BACKEND_COLORS[backend],
+                fillstyle="full"
+                if chunk == first["max_num_batched_tokens"]
+                else "none",
             )
         axis.set(title=title, xlabel="requests sent at once")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend()
-    first = rows[0]
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        ncols=3,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+    )
     figure.suptitle(
         f"{first['model']} in vllm serve, prompts of {first['prompt_len']} tokens, "
         f"{first['gpu']}"
@@ -284,7 +295,7 @@ def _backend_color(backend: str) -> str:
 
 def _save(figure, out: Path) -> None:
     figure.tight_layout()
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, bbox_inches="tight")
     print(f"wrote {out}")
 
 
