@@ -20,6 +20,7 @@ from benchmarks.quality.plan import complete, make_parser
 from benchmarks.quality.results import (
     Results,
     code_fingerprint,
+    less_dense,
     summarize,
     table,
     write_csv,
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit("interrupted; the same command goes on") from None
         finally:
             _write(args, evaluation, results, time.perf_counter() - start)
-    rows = summarize(results.records, Path(args.model).name)
+    rows = _rows(args, results)
     print(table(rows, averaged=list(ruler.TASKS)))
     for file in needle_grid.draw(results.records, args.out):
         print(f"drawn: {file}")
@@ -116,13 +117,20 @@ def _defaults() -> dict[str, dict]:
     }
 
 
+def _rows(args: argparse.Namespace, results: Results) -> list[dict]:
+    """What quality.csv has."""
+    model = Path(args.model).name
+    compared = less_dense(results.records, model, list(ruler.TASKS))
+    return [*summarize(results.records, model), *compared]
+
+
 def _write(
     args: argparse.Namespace, evaluation: Evaluation, results: Results, seconds: float
 ) -> None:
     from gpu_timing import gpu_machine
     from timing import command_line, machine
 
-    rows = summarize(results.records, Path(args.model).name)
+    rows = _rows(args, results)
     if rows:
         write_csv(args.out / "quality.csv", rows)
     file = args.out / "machine.json"

@@ -141,8 +141,72 @@ def summarize(records: list[dict], model: str) -> list[dict]:
     return rows
 
 
+def less_dense(
+    records: list[dict], model: str, tasks: list[str], least: float = 20.0
+) -> list[dict]:
+    """By how much a method's mean score differs from dense attention's.
+
+    The mean of the tasks that dense solves at ``least`` percent or better, of the same
+    samples. What a sample is worth is in both, so the standard error is that of the
+    differences, and smaller than the scores' own.
+
+    Args:
+        records: Of ``Results``. A method that lacks one of those tasks is left out.
+        model: Its name.
+        tasks: Those that count.
+        least: Percent.
+
+    Returns:
+        Rows as of ``summarize``, task ``less_dense/mean of N``, samples of all tasks.
+    """
+    scores: dict[tuple, dict[str, dict[int, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for record in records:
+        if record["task"] in tasks:
+            method = (record["method"], record["token_budget"])
+            of_task = scores[record["context_len"], *method][record["task"]]
+            of_task[record["index"]] = record["scores"]["score"]
+    rows = []
+    for (context_len, method, budget), found in sorted(
+        scores.items(), key=lambda item: [str(part).zfill(9) for part in item[0]]
+    ):
+        dense = {
+            task: of_dense
+            for task, of_dense in scores[context_len, "dense", None].items()
+            if mean(of_dense.values()) >= least
+        }
+        if method == "dense" or not dense:
+            continue
+        pairs = [
+            [
+                score - dense[task][index]
+                for index, score in found[task].items()
+                if index in dense[task]
+            ]
+            for task in dense
+        ]
+        if min(map(len, pairs)) < 2:
+            continue
+        variance = sum(stdev(pair) ** 2 / len(pair) for pair in pairs)
+        rows.append(
+            {
+                "model": model,
+                "task": f"less_dense/mean of {len(dense)}",
+                "context_len": context_len,
+                "token_budget": budget or "",
+                "method": method,
+                "score": round(mean(map(mean, pairs)), 4),
+                "std_error": round(math.sqrt(variance) / len(pairs), 4),
+                "samples": sum(map(len, pairs)),
+                "attended": "",
+            }
+        )
+    return rows
+
+
 def write_csv(file: Path, rows: list[dict]) -> None:
-    """Writes rows of ``summarize``."""
+    """Writes rows of ``summarize`` and ``less_dense``."""
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, FIELDS)
         writer.writeheader()
@@ -153,7 +217,7 @@ def table(rows: list[dict], averaged: list[str]) -> str:
     """Text: a line a task and context, a column a method, dense the first.
 
     Args:
-        rows: Of ``summarize``.
+        rows: Of ``summarize`` and ``less_dense``.
         averaged: Tasks whose mean, of each context, is a line of its own.
     """
     columns = sorted(

@@ -11,7 +11,14 @@ import pytest
 
 from benchmarks.quality import evaluate, plan, ruler
 from benchmarks.quality.evaluate import Evaluation
-from benchmarks.quality.results import Results, key_of, summarize, table, write_csv
+from benchmarks.quality.results import (
+    Results,
+    key_of,
+    less_dense,
+    summarize,
+    table,
+    write_csv,
+)
 
 
 class Progress:
@@ -136,6 +143,7 @@ def record(task: str, index: int, method: str, score: float) -> dict:
         "key": key_of(task, 2048, index, method, budget),
         "task": task,
         "context_len": 2048,
+        "index": index,
         "method": method,
         "token_budget": budget,
         "scores": {"score": score},
@@ -178,6 +186,28 @@ def test_summary(tmp_path):
     assert lines[0].split() == ["task", "context", "dense", "clusterkv@256"]
     # Of clusterkv one of the two tasks is missing.
     assert lines[-1].split()[-2:] == ["75.0", "-"]
+
+
+def test_difference_from_dense_is_of_pairs():
+    # vt differs by -50 and 0, cwe is not solved by dense; multikey 1 by -25 twice.
+    records = [
+        *(record("vt", i, "dense", score) for i, score in enumerate((100, 50, 0))),
+        *(record("vt", i, "clusterkv", score) for i, score in enumerate((50, 50))),
+        *(record("cwe", i, "dense", score) for i, score in enumerate((0, 30))),
+        *(record("cwe", i, "clusterkv", score) for i, score in enumerate((100, 100))),
+        *(record("niah_multikey_1", i, "dense", 75) for i in range(2)),
+        *(record("niah_multikey_1", i, "clusterkv", 50) for i in range(2)),
+        *(record("vt", i, "quest", 100) for i in range(2)),
+        record("needle_grid", 0, "dense", 100),
+    ]
+    tasks = ["vt", "cwe", "niah_multikey_1"]
+    [row] = less_dense(records, "tiny", tasks)  # quest lacks a task
+    assert row["task"] == "less_dense/mean of 2"
+    assert (row["method"], row["score"], row["samples"]) == ("clusterkv", -25, 4)
+    assert row["std_error"] == 12.5
+    assert row.keys() == summarize(records, "tiny")[0].keys()
+    assert "-25.0 ±12.5" in table([*summarize(records, "tiny"), row], tasks)
+    assert not less_dense(records[3:5], "tiny", tasks)
 
 
 def test_perplexity_is_of_the_mean_loss():
