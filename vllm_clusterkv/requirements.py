@@ -127,11 +127,14 @@ def check_config(vllm_config: "VllmConfig") -> None:
         "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size,
     }.items():
         if value is not None:
+            in_use = (
+                f", {config.host_memory_gib} here," if config.host_memory_gib else ""
+            )
             raise refusal(
                 f"{flag} is not supported: a KV connector moves pages without their "
                 "index",
-                "leave it out; clusterkv.host_memory_gib in --additional-config keeps "
-                "pages in host memory",
+                f"leave it out; clusterkv.host_memory_gib{in_use} in "
+                "--additional-config keeps pages in host memory",
             )
     if vllm_config.model_config is not None:
         _warn_if_compiled(vllm_config.model_config)
