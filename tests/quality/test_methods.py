@@ -314,6 +314,30 @@ def test_codes_are_counted():
     assert coded - plain == 3 * 16 * (64 + 2 + 2)
 
 
+def test_rounded_means_are_near_and_counted():
+    query, keys, values = context(1000)
+    spec = "ours-tail:tokens_per_cluster=4,coded=false"
+    exact = index_of(spec, keys, values)
+    errors = []
+    for bits in (3, 4, 8):
+        index = index_of(f"{spec},mean_bits={bits}", keys, values)
+        assert torch.equal(index.labels, exact.labels)
+        for name in ("mean_keys", "mean_values"):
+            off = getattr(index, name) - getattr(exact, name)
+            # Half a step: a cluster's largest difference has 2^bits / 2 - 1/2 steps.
+            means = getattr(exact, name).unflatten(1, (-1, 64))
+            largest = (means - means.mean(2, keepdim=True)).abs().amax(3)
+            bound = 1.05 * largest.flatten(1) / (2**bits - 1)
+            assert (off.abs().amax(2) <= bound).all()
+        errors.append(off.norm())
+        chosen = index.select(query, 128)
+        # Three pages of 64 clusters of 64 dimensions, their steps, the pages' means.
+        mean = 64 * bits / 8 + 2 + 64 * 2 / 64
+        assert chosen.extra_value_bytes == mean
+        assert chosen.index_bytes == 3 * 64 * mean + 3 * 2 * (64 + 64) + 3 * 64 * 2
+    assert errors == sorted(errors, reverse=True)
+
+
 def test_ours_clusters_alike_with_and_without_the_op(monkeypatch):
     query, keys, values = context(1300)
     expected = index_of("ours", keys, values)
@@ -386,6 +410,7 @@ def test_settings_from_text():
         "ours:num_iters=x": "num_iters must be of type int",
         "ours:tokens_per_cluster=24": "tokens_per_cluster must divide",
         "ours:spread=false": "coded must be false without spread",
+        "ours:mean_bits=2": "mean_bits must be 3 to 8, or 16, got 2",
         "ours:tokens_per_cluster=0": "tokens_per_cluster must be at least 1",
         "ours:num_clusters=3": "ours has the settings",
         "ours:num_iters=-1": "num_iters must be at least 1",

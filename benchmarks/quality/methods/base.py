@@ -40,12 +40,14 @@ class Selection:
         extra_logits: [num_kv_heads, group, num_extra] fp32. Logits of rows that stand
             in for tokens left out; -inf where a KV head has none. None: no such rows.
         extra_values: [num_kv_heads, num_extra, head_size]. Their values.
+        extra_value_bytes: Bytes of one of these; None for those of a token's value.
     """
 
     mask: torch.Tensor
     index_bytes: float | torch.Tensor = 0.0
     extra_logits: torch.Tensor | None = None
     extra_values: torch.Tensor | None = None
+    extra_value_bytes: float | None = None
 
     @property
     def num_attended(self) -> torch.Tensor:
@@ -65,7 +67,10 @@ class Selection:
         )
         if self.extra_logits is not None:
             num_extra = (self.extra_logits[:, 0] > float("-inf")).sum(1)
-            total += float(num_extra.double().mean()) * row_bytes
+            extra_bytes = self.extra_value_bytes
+            if extra_bytes is None:
+                extra_bytes = row_bytes
+            total += float(num_extra.double().mean()) * extra_bytes
         return total
 
 

@@ -130,6 +130,10 @@ class GroupedIndex(Index):
         vector_bytes = self.mean_keys.shape[2] * BYTES_PER_ELEMENT
         return self.vectors_per_group * num_groups * vector_bytes
 
+    def _mean_value_bytes(self) -> float | None:
+        """Bytes of a group's mean value; None for those of a token's value."""
+        return None
+
     def select(self, query, token_budget) -> Selection:
         num_kv_heads, num_groups, _ = self.mean_keys.shape
         num_labels = self.labels.shape[1]
@@ -154,6 +158,7 @@ class GroupedIndex(Index):
             estimates = self._estimates(query, scores)
             selection.extra_logits = estimates + left.log()[:, None]
             selection.extra_values = self.mean_values
+            selection.extra_value_bytes = self._mean_value_bytes()
         return selection
 
 

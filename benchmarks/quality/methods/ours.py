@@ -45,6 +45,9 @@ class Ours(GroupedMethod):
         spread: Whether scores know how far keys are from the means of their clusters.
         coded: Whether clusters are ranked by codes of their keys, too. Needs
             ``spread``, and 8, 16 or 32 clusters a page.
+        mean_bits: Bits of an element of a cluster's mean key and value, 3 to 8, or 16
+            for as stored now. Fewer are of the difference from the mean of the page's
+            means, in equal steps of the cluster's own.
     """
 
     tail: bool = True
@@ -53,6 +56,7 @@ class Ours(GroupedMethod):
     init: str = "farthest"
     spread: bool = True
     coded: bool = True
+    mean_bits: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +66,8 @@ class Ours(GroupedMethod):
                 f"tokens_per_cluster must divide the page of {self.page_size} tokens, "
                 f"got {self.tokens_per_cluster}"
             )
+        if self.mean_bits not in (3, 4, 5, 6, 7, 8, 16):
+            raise ValueError(f"mean_bits must be 3 to 8, or 16, got {self.mean_bits}")
         if self.coded and not (self.spread and self.num_clusters in CODED_CLUSTERS):
             raise ValueError(
                 "coded must be false without spread, and where page_size over "
@@ -125,6 +131,10 @@ class OursIndex(GroupedIndex):
         labels = torch.where(labels < 0, -1, labels + page * method.num_clusters)
         num_groups = pages.shape[1] * method.num_clusters
         self._append(keys, values, labels.flatten(1), num_groups)
+        if method.mean_bits < 16:
+            for means in (self.mean_keys, self.mean_values):
+                new = means[:, -num_groups:].unflatten(1, (-1, method.num_clusters))
+                new.copy_(round_means(new, method.mean_bits))
 
     def _scores(self, query) -> torch.Tensor:
         of_mean = super()._scores(query)
@@ -150,6 +160,8 @@ class OursIndex(GroupedIndex):
 
     def _index_bytes(self, num_groups, num_selected) -> float | torch.Tensor:
         scanned = super()._index_bytes(num_groups, num_selected)
+        if self.method.mean_bits < 16:
+            scanned = num_groups * self._rounded_bytes
         if self.spreads is not None:
             num_elements = self.spreads.shape[1] * self.spreads.shape[2]
             scanned = scanned + BYTES_PER_ELEMENT * num_elements
@@ -158,6 +170,35 @@ class OursIndex(GroupedIndex):
             layout = PageLayout(1, head_size, num_clusters, torch.bfloat16)
             scanned = scanned + num_groups // num_clusters * layout.code_bytes
         return scanned + _END_BYTES * num_groups
+
+    def _mean_value_bytes(self) -> float | None:
+        if self.method.mean_bits == 16:
+            return None
+        return self._rounded_bytes
+
+    @property
+    def _rounded_bytes(self) -> float:
+        """Of a mean, and its share of the mean of its page's means."""
+        head_size, method = self.mean_keys.shape[2], self.method
+        base = head_size * BYTES_PER_ELEMENT / method.num_clusters
+        return head_size * method.mean_bits / 8 + BYTES_PER_ELEMENT + base
+
+
+def round_means(means: torch.Tensor, bits: int) -> torch.Tensor:
+    """Means with elements of a few bits.
+
+    Args:
+        means: [..., num_pages, num_clusters, head_size].
+        bits: Of an element: levels at equal steps, the outermost at a cluster's largest
+            difference from the mean of its page's means.
+    """
+    dtype, exact = means.dtype, means.float()
+    base = exact.mean(-2, keepdim=True).to(torch.bfloat16).float()
+    off = exact - base
+    top = (2**bits - 1) / 2
+    steps = (off.abs().amax(-1, keepdim=True) / top).to(torch.bfloat16).float()
+    levels = (off / steps.clamp(min=1e-30) - 0.5).round() + 0.5
+    return (base + levels.clamp(-top, top) * steps).to(dtype)
 
 
 def page_spreads(pages, labels, num_clusters: int) -> torch.Tensor:
