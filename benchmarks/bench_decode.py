@@ -32,6 +32,7 @@ from engine import (
     run_child,
     run_sides,
 )
+from timing import positive
 
 POINTS = [(length, batch) for length in (4096, 2048, 512) for batch in (64, 8, 1)]
 POINTS += [(32768, 8), (32768, 1), (122880, 1)]
@@ -136,8 +137,8 @@ def main() -> None:
     add = parser.add_argument
     default = ",".join(f"{length}x{batch}" for length, batch in POINTS)
     add("--points", type=parse_points, default=POINTS, help=f"default: {default}")
-    add("--steps", type=int, default=256)
-    add("--windows", type=int, default=2)
+    add("--steps", type=positive, default=256)
+    add("--windows", type=positive, default=2)
     args = parser.parse_args()
     if args.child:
         run_child(args.child, measure)

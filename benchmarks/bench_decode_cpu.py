@@ -32,6 +32,7 @@ from timing import (
     command_line,
     last_level_cache_bytes,
     machine,
+    positive,
     take_turns,
 )
 
@@ -508,21 +509,21 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     contexts = [1024, 2048, 4096, 8192, 16384, 32768]
-    add("--context-lens", type=int, nargs="+", default=contexts)
-    add("--token-budgets", type=int, nargs="+", default=[256, 512, 1024])
-    add("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    add("--context-lens", type=positive, nargs="+", default=contexts)
+    add("--token-budgets", type=positive, nargs="+", default=[256, 512, 1024])
+    add("--batch-sizes", type=positive, nargs="+", default=[1, 8])
     add(
         "--max-batch-tokens",
-        type=int,
+        type=positive,
         default=32768,
         help="skip batches (not single requests) with more context than this",
     )
-    add("--num-heads", type=int, help="instead of the two models' shapes")
-    add("--num-kv-heads", type=int)
-    add("--head-size", type=int)
+    add("--num-heads", type=positive, help="instead of the two models' shapes")
+    add("--num-kv-heads", type=positive)
+    add("--head-size", type=positive)
     dtypes = ["bfloat16", "float16", "float32"]
     add("--dtype", choices=dtypes, default=dtypes[0])
-    add("--repeats", type=int, default=60, help="calls that count, of each side")
+    add("--repeats", type=positive, default=60, help="calls that count, of each side")
     add("--seed", type=int, default=0)
     add(
         "--no-vllm",

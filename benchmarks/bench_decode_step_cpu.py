@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from timing import machine
+from timing import machine, positive
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TOKENS = 24
@@ -106,9 +106,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     model = ROOT / ".models/SmolLM2-135M-Instruct"
     parser.add_argument("--model", default=str(model))
-    parser.add_argument("--context-lens", type=int, nargs="+", default=[1024, 8000])
-    parser.add_argument("--budgets", type=int, nargs="+", default=[512])
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument(
+        "--context-lens", type=positive, nargs="+", default=[1024, 8000]
+    )
+    parser.add_argument("--budgets", type=positive, nargs="+", default=[512])
+    parser.add_argument("--turns", type=positive, default=9)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--child", metavar="MODEL", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -42,7 +42,7 @@ import torch
 from gpu_baselines import BASELINES, Baseline, Unavailable
 from gpu_layers import Case, IndexCall, LayerProducts, Layers, OpCalls, num_splits
 from gpu_timing import Call, Timing, gpu_machine, measure_bandwidth, take_turns
-from timing import command_line
+from timing import command_line, positive
 from traffic import Load, Shape, bytes_owed
 
 from vllm_clusterkv.config import ClusterKVConfig
@@ -324,17 +324,17 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--context-lens", type=int, nargs="+", default=CONTEXT_LENS)
-    add("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
+    add("--context-lens", type=positive, nargs="+", default=CONTEXT_LENS)
+    add("--batch-sizes", type=positive, nargs="+", default=[1, 8, 64])
     points = " ".join(f"{length}x{batch}" for length, batch in QUICK)
     add("--quick", action="store_true", help=f"only {points}")
     every_op = [*OPS, *WHOLES, IN_LAYER, "index_pages"]
     add("--ops", nargs="+", choices=every_op, default=every_op)
     add("--baselines", nargs="*", choices=list(BASELINES), default=list(BASELINES))
-    add("--token-budget", type=int, default=ClusterKVConfig.token_budget)
-    add("--num-splits", type=int, help="instead of the backend's")
-    add("--max-model-len", type=int, default=131072)
-    add("--replays", type=int, default=20, help="that count, of each graph")
+    add("--token-budget", type=positive, default=ClusterKVConfig.token_budget)
+    add("--num-splits", type=positive, help="instead of the backend's")
+    add("--max-model-len", type=positive, default=131072)
+    add("--replays", type=positive, default=20, help="that count, of each graph")
     add("--pool-gib", type=float, default=56, help="GPU memory for the pools")
     add("--seed", type=int, default=0)
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")

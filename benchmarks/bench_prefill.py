@@ -26,6 +26,7 @@ from engine import (
     run_child,
     run_sides,
 )
+from timing import positive
 
 NUM_TOKENS = 4
 
@@ -79,8 +80,8 @@ def main() -> None:
     )
     add_engine_arguments(parser)
     add = parser.add_argument
-    add("--context-lens", type=int, nargs="+", default=[4096, 16384, 32768])
-    add("--repeats", type=int, default=7)
+    add("--context-lens", type=positive, nargs="+", default=[4096, 16384, 32768])
+    add("--repeats", type=positive, default=7)
     args = parser.parse_args()
     if args.child:
         run_child(args.child, measure)

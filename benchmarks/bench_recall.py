@@ -48,7 +48,7 @@ from recall_layers import (
     host_pages_a_row,
     line_bytes,
 )
-from timing import command_line
+from timing import command_line, positive
 from traffic import Shape
 
 from vllm_clusterkv.config import ClusterKVConfig
@@ -238,14 +238,14 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32])
-    add("--context-len", type=int, default=32768)
-    add("--token-budget", type=int, default=ClusterKVConfig.token_budget)
-    add("--hot-cache-tokens", type=int, help="twice the budget if not given")
+    add("--rows", type=positive, nargs="+", default=[1, 4, 8, 16, 32])
+    add("--context-len", type=positive, default=32768)
+    add("--token-budget", type=positive, default=ClusterKVConfig.token_budget)
+    add("--hot-cache-tokens", type=positive, help="twice the budget if not given")
     add("--miss-shares", type=float, nargs="+", default=[0, 0.1, 0.2, 1])
-    add("--max-model-len", type=int, default=131072)
-    add("--max-layers", type=int, default=MAX_LAYERS)
-    add("--replays", type=int, default=20, help="that count, of each graph")
+    add("--max-model-len", type=positive, default=131072)
+    add("--max-layers", type=positive, default=MAX_LAYERS)
+    add("--replays", type=positive, default=20, help="that count, of each graph")
     add("--host-gib", type=float, default=24, help="pinned memory for the pages")
     add("--copy-gib", type=float, default=1)
     add("--seed", type=int, default=0)

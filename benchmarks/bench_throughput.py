@@ -57,7 +57,7 @@ from gpu_timing import gpu_machine
 from server import DENSE_BACKEND, Server, device, running_server
 from server_metrics import Sample
 from streams import Crowd, Stream, max_decoding, serve, stop_under_load
-from timing import command_line
+from timing import command_line, positive
 
 from vllm_clusterkv.page_layout import BLOCK_SIZE
 
@@ -229,8 +229,8 @@ def summary(streams: list[Stream], samples: list[Sample]) -> dict:
     }
 
 
-COMMON = ("commit", "gpu", "vllm", "torch", "settings")
-"""What all rows of a folder have in common, by their names in the JSON file."""
+COMMON = ("commit", "gpu", "vllm", "torch")
+"""What all rows of a folder have in common beside settings, as the JSON file has it."""
 
 
 def server_settings(args: argparse.Namespace) -> dict:
@@ -257,12 +257,13 @@ def read_results(out: Path, info: dict) -> tuple[list[dict], dict]:
     if not table.exists():
         return [], {}
     earlier = json.loads(machine.read_text())
-    for name in COMMON:
-        if earlier.get(name) != info[name]:
-            raise ValueError(
-                f"--out {out} holds results with {name} = {earlier.get(name)}, "
-                f"now it is {info[name]}: give another folder"
-            )
+    for before, now in ((earlier, info), (earlier["settings"], info["settings"])):
+        for name in COMMON if now is info else now:
+            if before.get(name) != now[name]:
+                raise ValueError(
+                    f"--out {out} holds results with {name} = {before.get(name)}, "
+                    f"now it is {now[name]}: give another folder"
+                )
     with table.open() as file:
         return list(csv.DictReader(file)), earlier["servers"]
 
@@ -284,17 +285,21 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="a folder with config.json")
     add("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
-    add("--concurrency", type=int, nargs="+", default=[1, 8, 13, 36])
-    add("--num-requests", type=int, help="of each point; as many as at once, or 3")
-    add("--prompt-len", type=int, default=32768)
-    add("--output-len", type=int, nargs="+", default=[512], help="2 and more")
+    add("--concurrency", type=positive, nargs="+", default=[1, 8, 13, 36])
+    add("--num-requests", type=positive, help="of each point; as many as at once, or 3")
+    add("--prompt-len", type=positive, default=32768)
+    add("--output-len", type=positive, nargs="+", default=[512], help="2 and more")
     add("--host-memory-gib", type=float, default=96.0, help="0: clusterkv has no tier")
-    add("--token-budget", type=int, default=1024)
+    add("--token-budget", type=positive, default=1024)
     add("--settings", type=json.loads, default={}, help="more for clusterkv, as JSON")
     add("--dense-backend", default=DENSE_BACKEND[device()])
-    add("--max-model-len", type=int, help="prompt and longest output, in whole pages")
-    add("--max-num-seqs", type=int, default=64)
-    add("--max-num-batched-tokens", type=int, default=8192)
+    add(
+        "--max-model-len",
+        type=positive,
+        help="prompt and longest output, in whole pages",
+    )
+    add("--max-num-seqs", type=positive, default=64)
+    add("--max-num-batched-tokens", type=positive, default=8192)
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--server-args", default="", help="more for vllm serve, all backends")
     add("--stop", choices=["idle", "under load"], default="idle", help="servers' end")

@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 """Measuring: sides that take turns, and the machine they ran on."""
 
+import argparse
 import os
 import platform
 import subprocess
@@ -27,6 +28,14 @@ class Timing:
 
     median_us: float
     p90_us: float
+
+
+def positive(text: str) -> int:
+    """An argument that must be an integer of 1 or more, as argparse's ``type``."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
 
 
 def take_turns(

@@ -121,10 +121,20 @@ def test_throughput_goes_on_where_it_ended(script, monkeypatch, tmp_path):
     assert len(bench.missing_points("dense", args, rows)) == 4
     for name, other in [
         ("commit", "d"),
-        ("settings", bench.server_settings(parse_args("--prompt-len", "64"))),
+        ("prompt_len", bench.server_settings(parse_args("--prompt-len", "64"))),
     ]:
+        changed = {"settings": other} if name == "prompt_len" else {name: other}
         with pytest.raises(ValueError, match=f"with {name} = .*give another folder"):
-            bench.read_results(tmp_path, info | {name: other})
+            bench.read_results(tmp_path, info | changed)
+
+
+def test_throughput_needs_requests(script, monkeypatch, capsys):
+    bench = script("bench_throughput")
+    words = ["x", "--model", "m", "--concurrency", "0"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        bench.parse_args()
+    assert "--concurrency: must be 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_decode_runs_on_a_cpu(tmp_path):
