@@ -32,7 +32,7 @@ first point two others warm it up. Of each point:
                      preempted before its first token
 
 On a CPU it can be tried out with small numbers; VLLM_CPU_KVCACHE_SPACE is the GiB of
-the KV cache there, 1 if not set, and vLLM does not offload.
+the KV cache there, 1 if not set, and vLLM does not offload: no dense+offload.
 
 Writes throughput.csv, throughput.machine.json, a log a server and, with matplotlib,
 throughput.png. Rows are written as they come; points that the CSV file in --out has are
@@ -63,6 +63,11 @@ from vllm_clusterkv.page_layout import BLOCK_SIZE
 
 BACKENDS = ["dense", "dense+offload", "clusterkv"]
 WARM_UP_TOKENS = 32
+
+
+def can_run(backend: str) -> bool:
+    """Whether vLLM has it on this device."""
+    return backend != "dense+offload" or device() == "cuda"
 
 
 def server_flags(backend: str, args: argparse.Namespace) -> list[str]:
@@ -284,7 +289,8 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="a folder with config.json")
-    add("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    backends = [name for name in BACKENDS if can_run(name)]
+    add("--backends", nargs="+", choices=BACKENDS, default=backends)
     add("--concurrency", type=positive, nargs="+", default=[1, 8, 13, 36])
     add("--num-requests", type=positive, help="of each point; as many as at once, or 3")
     add("--prompt-len", type=positive, default=32768)
@@ -307,6 +313,9 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, default=ROOT / "benchmarks/results", help="folder")
     add("--commit", help="to record, where this is no checkout")
     args = parser.parse_args()
+    for backend in args.backends:
+        if not can_run(backend):
+            parser.error(f"--backends {backend}: vLLM offloads from GPUs alone")
     if min(args.output_len) < 2:
         parser.error("--output-len must be at least 2")
     if not args.max_model_len:
