@@ -46,8 +46,7 @@ class Ours(GroupedMethod):
         coded: Whether clusters are ranked by codes of their keys, too. Needs
             ``spread``, and 8, 16 or 32 clusters a page.
         mean_bits: Bits of an element of a cluster's mean key and value, 3 to 8, or 16
-            for as stored now. Fewer are of the difference from the mean of the page's
-            means, in equal steps of the cluster's own.
+            for as stored now. Fewer as ``round_means`` has it.
     """
 
     tail: bool = True
@@ -178,27 +177,33 @@ class OursIndex(GroupedIndex):
 
     @property
     def _rounded_bytes(self) -> float:
-        """Of a mean, and its share of the mean of its page's means."""
+        """Of a mean with its step, and its share of what its page has in common."""
         head_size, method = self.mean_keys.shape[2], self.method
-        base = head_size * BYTES_PER_ELEMENT / method.num_clusters
-        return head_size * method.mean_bits / 8 + BYTES_PER_ELEMENT + base
+        common = 2 * head_size * BYTES_PER_ELEMENT / method.num_clusters
+        return head_size * method.mean_bits / 8 + BYTES_PER_ELEMENT + common
 
 
 def round_means(means: torch.Tensor, bits: int) -> torch.Tensor:
     """Means with elements of a few bits.
 
+    What is rounded is a mean's difference from the mean of its page's means, over the
+    deviation of that dimension: keys have some dimensions that are many times as large
+    as others, and steps of one size would leave nothing of those.
+
     Args:
         means: [..., num_pages, num_clusters, head_size].
         bits: Of an element: levels at equal steps, the outermost at a cluster's largest
-            difference from the mean of its page's means.
+            element.
     """
     dtype, exact = means.dtype, means.float()
     base = exact.mean(-2, keepdim=True).to(torch.bfloat16).float()
     off = exact - base
+    deviations = off.square().mean(-2, keepdim=True).sqrt().to(torch.bfloat16).float()
+    parts = torch.where(deviations > 0, off / deviations, 0)
     top = (2**bits - 1) / 2
-    steps = (off.abs().amax(-1, keepdim=True) / top).to(torch.bfloat16).float()
-    levels = (off / steps.clamp(min=1e-30) - 0.5).round() + 0.5
-    return (base + levels.clamp(-top, top) * steps).to(dtype)
+    steps = (parts.abs().amax(-1, keepdim=True) / top).to(torch.bfloat16).float()
+    levels = (parts / steps.clamp(min=1e-30) - 0.5).round() + 0.5
+    return (base + levels.clamp(-top, top) * steps * deviations).to(dtype)
 
 
 def page_spreads(pages, labels, num_clusters: int) -> torch.Tensor:
