@@ -87,10 +87,10 @@ class Server:
     def facts(self) -> dict:
         """What the machine's JSON file says of it."""
         text = self.log.read_text(errors="replace")
-        size = re.search(r"KV cache size: ([\d,]+) tokens", text)
+        sizes = re.findall(r"KV cache size: ([\d,]+) tokens", text)
         return {
             "command": shlex.join(without_paths(self.command)),
-            "kv_tokens": int(size[1].replace(",", "")) if size else None,
+            "kv_tokens": int(sizes[-1].replace(",", "")) if sizes else None,
             "start_s": round(self.start_s, 1),
             "stop_s": self.stop_s and round(self.stop_s, 1),
             "gone_s": self.gone_s and round(self.gone_s, 1),
@@ -108,7 +108,7 @@ def running_server(
     Args:
         model: A folder with a config.json; weights are random, there is no tokenizer.
         flags: Besides the model and what the device needs.
-        log: Receives its output.
+        log: Receives its output, behind what it has.
         timeout_s: For the first healthy answer.
 
     Raises:
@@ -125,7 +125,7 @@ def running_server(
     # from the folder that this runs in, as the script.
     vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main"]
     start = time.monotonic()
-    with log.open("w") as output:
+    with log.open("a") as output:
         process = subprocess.Popen(
             [*vllm, *command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=output,

@@ -122,6 +122,10 @@ def test_views_for_submodels_are_left_alone(create_config):
             "clusterkv.hot_cache_tokens is for clusterkv.host_memory_gib",
         ),
         (
+            {"settings": {"host_memory_gib": 100_000}},
+            "host_memory_gib needs 100000 GiB here, and the machine has .* lower it",
+        ),
+        (
             {
                 "kv_transfer_config": KVTransferConfig(
                     kv_connector="ClusterKVConnector", kv_role="kv_producer"

@@ -9,6 +9,7 @@ flag, says what was expected and what came, and what to do.
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
 import torch
 from packaging.version import Version
 from vllm.config import KVTransferConfig
@@ -112,7 +113,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "leave it out",
         )
     if config.host_memory_gib > 0:
-        _check_host_tier(vllm_config)
+        _check_host_tier(vllm_config, config.host_memory_gib)
     elif config.hot_cache_tokens:
         raise refusal(
             "clusterkv.hot_cache_tokens is for clusterkv.host_memory_gib, which is 0, "
@@ -293,7 +294,17 @@ def _check_cuda(vllm_config: "VllmConfig") -> None:
         )
 
 
-def _check_host_tier(vllm_config: "VllmConfig") -> None:
+def _check_host_tier(vllm_config: "VllmConfig", host_memory_gib: float) -> None:
+    # Whether it fits what is free, workers see later, and what is too little.
+    parallel = vllm_config.parallel_config
+    needed = host_memory_gib * parallel.local_world_size / parallel.world_size
+    total = psutil.virtual_memory().total / 2**30
+    if needed > total:
+        raise refusal(
+            f"clusterkv.host_memory_gib needs {needed:g} GiB here, and the machine has "
+            f"{total:.1f} GiB",
+            "lower it",
+        )
     if not vllm_config.scheduler_config.scheduler_reserve_full_isl:
         raise refusal(
             "--no-scheduler-reserve-full-isl is not supported with "
