@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.quality.methods import METHODS, kmeans, make_method
+from benchmarks.quality.methods import METHODS, kmeans, make_method, short_means
 from benchmarks.quality.methods.attention import attend, exact_logits
 from benchmarks.quality.methods.groups import take_groups
 from benchmarks.quality.methods.votes import rank
@@ -320,7 +320,7 @@ def test_rounded_means_are_near_and_counted():
     spec = "ours-tail:tokens_per_cluster=4,coded=false"
     exact = index_of(spec, keys, values)
     errors = []
-    for bits in (3, 4, 8):
+    for bits in (3, 5, 8):
         index = index_of(f"{spec},mean_bits={bits}", keys, values)
         assert torch.equal(index.labels, exact.labels)
         for name in ("mean_keys", "mean_values"):
@@ -337,6 +337,41 @@ def test_rounded_means_are_near_and_counted():
         assert chosen.extra_value_bytes == mean
         assert chosen.index_bytes == 3 * 64 * mean + 3 * 2 * (64 + 64) + 3 * 64 * 2
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("of_keys", [True, False])
+@pytest.mark.parametrize("num_clusters", [16, 32, 64])
+@pytest.mark.parametrize("head_size", [32, 80, 128, 256])
+def test_short_means(head_size, num_clusters, of_keys):
+    where = short_means.places(num_clusters, head_size, of_keys)
+    num_codes = num_clusters * short_means.padded_dims(head_size)
+    assert where.unique().numel() == num_clusters * head_size
+    assert where.min() >= 0 and where.max() < num_codes
+    torch.manual_seed(0)
+    scales = torch.linspace(0, 30, head_size)  # one dimension is always the same
+    means = 5 + scales * torch.randn(3, 2, num_clusters, head_size)
+    coded = short_means.encode(means, torch.bfloat16, of_keys)
+    packed, steps, _, deviations = coded
+    assert packed.shape == (3, 2, num_codes // 2)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert packed.view(dtype).isfinite().all()
+    off = (short_means.decode(*coded, of_keys) - means).abs()
+    steps = steps.float()[..., None] * deviations.float()[..., None, :]
+    # Half a step, a whole one more where codes would not be finite.
+    assert (off <= 1.6 * steps + 0.02).all()
+    assert (off[..., 1:] / steps.clamp(min=1e-6)[..., 1:]).mean() < 0.28
+
+
+def test_four_bits_are_short_means():
+    _, keys, values = context(600)
+    spec = "ours-tail:tokens_per_cluster=4,coded=false"
+    exact = index_of(spec, keys, values)
+    index = index_of(f"{spec},mean_bits=4", keys, values)
+    for name, of_keys in (("mean_keys", True), ("mean_values", False)):
+        means = getattr(exact, name).unflatten(1, (-1, 64)).float()
+        coded = short_means.encode(means, torch.bfloat16, of_keys)
+        expected = short_means.decode(*coded, of_keys).flatten(1, 2)
+        assert torch.equal(getattr(index, name), expected)
 
 
 def test_ours_clusters_alike_with_and_without_the_op(monkeypatch):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import one_hot
 
+from benchmarks.quality.methods import short_means
 from benchmarks.quality.methods.base import BYTES_PER_ELEMENT
 from benchmarks.quality.methods.groups import (
     GroupedIndex,
@@ -133,7 +134,8 @@ class OursIndex(GroupedIndex):
         if method.mean_bits < 16:
             for means in (self.mean_keys, self.mean_values):
                 new = means[:, -num_groups:].unflatten(1, (-1, method.num_clusters))
-                new.copy_(round_means(new, method.mean_bits))
+                of_keys = means is self.mean_keys
+                new.copy_(round_means(new, method.mean_bits, of_keys))
 
     def _scores(self, query) -> torch.Tensor:
         of_mean = super()._scores(query)
@@ -160,7 +162,7 @@ class OursIndex(GroupedIndex):
     def _index_bytes(self, num_groups, num_selected) -> float | torch.Tensor:
         scanned = super()._index_bytes(num_groups, num_selected)
         if self.method.mean_bits < 16:
-            scanned = num_groups * self._rounded_bytes
+            scanned = num_groups * self._rounded_bytes(of_keys=True)
         if self.spreads is not None:
             num_elements = self.spreads.shape[1] * self.spreads.shape[2]
             scanned = scanned + BYTES_PER_ELEMENT * num_elements
@@ -173,18 +175,18 @@ class OursIndex(GroupedIndex):
     def _mean_value_bytes(self) -> float | None:
         if self.method.mean_bits == 16:
             return None
-        return self._rounded_bytes
+        return self._rounded_bytes(of_keys=False)
 
-    @property
-    def _rounded_bytes(self) -> float:
+    def _rounded_bytes(self, of_keys: bool) -> float:
         """Of a mean with its step, and its share of what its page has in common."""
         head_size, method = self.mean_keys.shape[2], self.method
-        common = 2 * head_size * BYTES_PER_ELEMENT / method.num_clusters
+        num_common = 2 if of_keys or method.mean_bits != 4 else 1
+        common = num_common * head_size * BYTES_PER_ELEMENT / method.num_clusters
         return head_size * method.mean_bits / 8 + BYTES_PER_ELEMENT + common
 
 
-def round_means(means: torch.Tensor, bits: int) -> torch.Tensor:
-    """Means with elements of a few bits.
+def round_means(means: torch.Tensor, bits: int, of_keys: bool) -> torch.Tensor:
+    """Means with elements of a few bits, of 4 as ``short_means`` has them.
 
     What is rounded is a mean's difference from the mean of its page's means, over the
     deviation of that dimension: keys have some dimensions that are many times as large
@@ -194,8 +196,12 @@ def round_means(means: torch.Tensor, bits: int) -> torch.Tensor:
         means: [..., num_pages, num_clusters, head_size].
         bits: Of an element: levels at equal steps, the outermost at a cluster's largest
             element.
+        of_keys: Whether they are of keys.
     """
     dtype, exact = means.dtype, means.float()
+    if bits == 4:
+        coded = short_means.encode(exact, torch.bfloat16, of_keys)
+        return short_means.decode(*coded, of_keys).to(dtype)
     base = exact.mean(-2, keepdim=True).to(torch.bfloat16).float()
     off = exact - base
     deviations = off.square().mean(-2, keepdim=True).sqrt().to(torch.bfloat16).float()
