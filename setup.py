@@ -76,7 +76,7 @@ def cpu_extension():
             "csrc/checks.h",
             "csrc/cpu/cluster_tokens.h",
             "csrc/cpu/dispatch.h",
-            "csrc/cpu/key_codes.h",
+            "csrc/cpu/short_means.h",
             "csrc/cpu/vec.h",
         ],
         extra_compile_args=STABLE_ABI + flags,

@@ -35,6 +35,7 @@ from timing import (
     positive,
     take_turns,
 )
+from traffic import mean_value_bytes, scored_bytes
 
 from vllm_clusterkv import ops
 from vllm_clusterkv.config import ClusterKVConfig
@@ -105,8 +106,7 @@ class Layer:
             (len(buffer), layout.num_kv_heads, BLOCK_SIZE, row),
             (layout.page_bytes // layout.dtype.itemsize, BLOCK_SIZE * row, row, 1),
         )
-        *index, self.codes = layout.index_views(self.kv_cache)
-        self.index = (self.kv_cache, *index)
+        self.index = (self.kv_cache, layout.index_view(self.kv_cache))
 
 
 def make_first_layer(case: Case, generator: torch.Generator) -> Layer:
@@ -134,7 +134,6 @@ def make_first_layer(case: Case, generator: torch.Generator) -> Layer:
     num_indexed = (case.seq_len - 1) // BLOCK_SIZE
     ops.index_pages(
         *layer.index,
-        layer.codes,
         layer.block_table[:, :num_indexed].flatten(),
         sinks[:, :num_indexed].flatten(),
         CONFIG.num_iters,
@@ -164,7 +163,6 @@ class Semantic:
         self.all_sparse = torch.zeros(batch, dtype=torch.int32)
         self.all_dense = torch.full((batch,), 2**31 - 1, dtype=torch.int32)
         self.scores = torch.zeros(batch, heads, max_clusters)
-        self.estimates = torch.zeros_like(self.scores)
         self.tile_stats = torch.zeros(batch, heads, num_tiles(max_clusters), 2)
         self.selected = torch.zeros(batch, kv_heads, max_clusters, dtype=torch.uint8)
         self.num_attended = torch.zeros(batch, kv_heads, dtype=torch.int32)
@@ -181,12 +179,10 @@ class Semantic:
             ops.score_clusters(
                 self.query,
                 *layer.index,
-                layer.codes,
                 *rows,
                 self.scale,
                 CONFIG.num_sink_tokens,
                 self.scores,
-                self.estimates,
                 self.tile_stats,
             )
             scored = time.perf_counter_ns()
@@ -231,7 +227,7 @@ class Semantic:
             layer.block_table,
             self.seq_lens,
             min_sparse_lens,
-            self.estimates,
+            self.scores,
             self.selected,
             self.scale,
             CONFIG.num_sink_tokens,
@@ -334,7 +330,7 @@ def index_one_page(layers: list[Layer]) -> Side:
         layer = layers[layer_idx]
         block_ids = layer.block_table[0, :1].contiguous()
         start = time.perf_counter_ns()
-        ops.index_pages(*layer.index, layer.codes, block_ids, sinks, CONFIG.num_iters)
+        ops.index_pages(*layer.index, block_ids, sinks, CONFIG.num_iters)
         return {"index_pages": (time.perf_counter_ns() - start) / 1e3}
 
     return run
@@ -351,18 +347,18 @@ def turns_between_uses(case: Case, num_dense_sides: int) -> int:
 
 
 def traffic_bytes(case: Case, attended: float) -> float:
-    """Bytes of keys, values and means that one call has to read.
+    """Bytes of keys, values and indexes that one call has to read.
 
     Args:
         case: The case.
         attended: Tokens attended to exactly, a row and KV head.
     """
     shape = case.shape
-    half_row = shape.head_size * case.dtype.itemsize
+    row = 2 * shape.head_size * case.dtype.itemsize
     left_out = max(case.seq_len - attended, 0) / CONFIG.tokens_per_cluster
-    num_clusters = (case.seq_len - 1) // BLOCK_SIZE * CONFIG.num_clusters
-    ranked = num_clusters if left_out else 0
-    per_head = half_row * (2 * attended + ranked + left_out)
+    scored = (case.seq_len - 1) // BLOCK_SIZE if left_out else 0  # pages
+    per_head = attended * row + scored * scored_bytes(case.layout)
+    per_head += left_out * mean_value_bytes(case.layout)
     return case.batch_size * shape.num_kv_heads * per_head
 
 

@@ -112,9 +112,9 @@ class Layers:
         return len(self.pages)
 
     def index(self, layer_idx: int) -> tuple[torch.Tensor, ...]:
-        """What all ops take of a layer: kv_cache, centroids, spreads, cluster_ends."""
+        """What all ops take of a layer: kv_cache and index."""
         pages = self.pages[layer_idx]
-        return pages.kv_cache, pages.centroids, pages.spreads, pages.cluster_ends
+        return pages.kv_cache, pages.index
 
     def indexed_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``block_ids`` and ``num_sink_tokens`` of a layer's indexed pages."""
@@ -152,7 +152,7 @@ class Layers:
             (len(layer_buffer), layout.num_kv_heads, BLOCK_SIZE, row),
             (pool.stride(0), BLOCK_SIZE * row, row, 1),
         )
-        return backend.SemanticPages(kv_cache, *layout.index_views(kv_cache))
+        return backend.SemanticPages(kv_cache, layout.index_view(kv_cache))
 
     def _fill(self, generator: torch.Generator) -> None:
         """Clustered random keys of about unit variance, in the first layer.
@@ -188,7 +188,6 @@ class Layers:
             if len(some_blocks):
                 ops.index_pages(
                     *self.index(0),
-                    self.pages[0].codes,
                     some_blocks,
                     some_sinks,
                     self.case.config.num_iters,
@@ -231,7 +230,6 @@ class OpCalls:
         max_clusters = layers.block_table.shape[1] * case.config.num_clusters
         new = query.new_zeros
         self.scores = new((batch, heads, max_clusters), dtype=torch.float32)
-        self.estimates = torch.empty_like(self.scores)
         tiles = num_tiles(max_clusters)
         self.tile_stats = new((batch, heads, tiles, 2), dtype=torch.float32)
         self.selected = new((batch, kv_heads, max_clusters), dtype=torch.uint8)
@@ -259,12 +257,10 @@ class OpCalls:
         ops.score_clusters(
             layers.query,
             *layers.index(layer_idx),
-            layers.pages[layer_idx].codes,
             *layers.rows(layers.all_sparse),
             layers.case.scale,
             layers.case.config.num_sink_tokens,
             self.scores,
-            self.estimates,
             self.tile_stats,
         )
 
@@ -287,7 +283,7 @@ class OpCalls:
             layers.query,
             *layers.index(layer_idx),
             *layers.rows(layers.all_sparse),
-            self.estimates,
+            self.scores,
             self.selected,
             layers.case.scale,
             config.num_sink_tokens,
@@ -349,10 +345,7 @@ class IndexCall:
         pages = self.layers.all_pages
         ops.index_pages(
             pages.kv_cache,
-            pages.centroids,
-            pages.spreads,
-            pages.cluster_ends,
-            pages.codes,
+            pages.index,
             *self.lists[turn % len(self.lists)],
             self.layers.case.config.num_iters,
         )

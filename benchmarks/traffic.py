@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_clusterkv import short_means
+from vllm_clusterkv.config import ClusterKVConfig
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
 
 
@@ -21,7 +23,7 @@ class Shape:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_size: int = 128
-    num_clusters: int = 16
+    num_clusters: int = ClusterKVConfig().num_clusters
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -44,26 +46,35 @@ class Load:
     num_pages: int = 0
 
 
+def mean_value_bytes(layout: PageLayout) -> int:
+    """Bytes of a cluster's mean value: codes and a step."""
+    return short_means.code_bytes(1, layout.head_size) + layout.dtype.itemsize
+
+
+def scored_bytes(layout: PageLayout) -> int:
+    """Bytes of a page and KV head's index that scoring reads: all but mean values."""
+    return layout.index_bytes - layout.num_clusters * mean_value_bytes(layout)
+
+
 def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     """Bytes that one call of ``op`` has to move.
 
     ``C`` clusters a row and KV head; half = head_size elements of the KV dtype:
 
-        score_clusters   query, C mean keys, spreads, codes, C ends; scores and
-                         estimates (fp32, a query head), tile_stats (two fp32 for 16
-                         clusters, a query head)
+        score_clusters   query, of the pages' indexes all but what is of values; scores
+                         (fp32, a query head), tile_stats (two fp32 for 16 clusters, a
+                         query head)
         select_clusters  scores, tile_stats, C ends; C marks (one byte a KV head),
                          num_attended
         sparse_decode    query, C marks, C ends, attended keys and values, mean values
-                         and estimates of the clusters left out; output
-        decode           the three as one: query, C mean keys, spreads, codes, C ends,
+                         (codes and a step) and scores of the clusters left out; output
+        decode           the three as one: query, what of the indexes is not of values,
                          attended keys and values, mean values of the clusters left
                          out; output. Scores, stats and marks pass between the ops and
                          are nobody's result
         decode_dense, flash_attn, flashinfer, xformers
                          query, all keys and values; output
-        index_pages      the pages' keys and values, read and written; means, spreads,
-                         codes, ends
+        index_pages      the pages' keys and values, read and written; indexes
 
     The block table, 4 bytes a page, is left out.
 
@@ -76,12 +87,11 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     layout = PageLayout(
         shape.num_kv_heads, shape.head_size, shape.num_clusters, shape.dtype
     )
-    spreads = layout.spread_bytes + shape.num_kv_heads * layout.code_bytes
+    mean_value = mean_value_bytes(layout)
     page_bytes = shape.num_kv_heads * BLOCK_SIZE * 2 * half
     if op == "index_pages":
-        means = shape.num_kv_heads * shape.num_clusters * 2 * half
-        ends = shape.num_kv_heads * shape.num_clusters * torch.int16.itemsize
-        return load.num_pages * (2 * page_bytes + means + spreads + ends)
+        index_bytes = shape.num_kv_heads * layout.index_bytes
+        return load.num_pages * (2 * page_bytes + index_bytes)
     num_pages = (load.seq_len - 1) // BLOCK_SIZE
     clusters = num_pages * shape.num_clusters
     left_out = clusters - load.selected
@@ -91,25 +101,20 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     kv_heads = shape.num_kv_heads
     ends = kv_heads * clusters * torch.int16.itemsize
     marks = kv_heads * clusters
-    mean_keys = kv_heads * clusters * half + num_pages * spreads
+    scored = kv_heads * num_pages * scored_bytes(layout)
     exact = kv_heads * load.attended * 2 * half
-    estimate = kv_heads * left_out * half
+    estimate = kv_heads * left_out * mean_value
     dense = 2 * query + kv_heads * load.seq_len * 2 * half
-    estimates_left_out = scores * left_out / clusters if clusters else 0
+    scores_left_out = scores * left_out / clusters if clusters else 0
     a_row = {
-        "score_clusters": query + mean_keys + ends + 2 * scores + stats,
+        "score_clusters": query + scored + scores + stats,
         "select_clusters": scores
         + stats
         + ends
         + marks
         + kv_heads * torch.int32.itemsize,  # num_attended
-        "sparse_decode": 2 * query
-        + marks
-        + ends
-        + exact
-        + estimate
-        + estimates_left_out,
-        "decode": 2 * query + mean_keys + ends + exact + estimate,
+        "sparse_decode": 2 * query + marks + ends + exact + estimate + scores_left_out,
+        "decode": 2 * query + scored + exact + estimate,
         "decode_dense": dense,
         "flash_attn": dense,
         "flashinfer": dense,

@@ -68,89 +68,60 @@ inline void check_devices(const Tensor& kv_cache, std::initializer_list<NamedTen
   }
 }
 
-inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& centroids,
-                                 const Tensor& spreads, const Tensor& cluster_ends) {
+inline SemanticPages check_pages(const Tensor& kv_cache, const Tensor& index) {
   check_dim(kv_cache, "kv_cache", 4);
-  check_dim(centroids, "centroids", 5);
-  check_dim(spreads, "spreads", 3);
-  check_dim(cluster_ends, "cluster_ends", 3);
+  check_dim(index, "index", 3);
   const ScalarType dtype = kv_cache.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float,
       "kv_cache must have dtype BFloat16, Half or Float, got ", torch::headeronly::toString(dtype));
-  check_dtype(centroids, "centroids", dtype);
-  check_dtype(spreads, "spreads", dtype);
-  check_dtype(cluster_ends, "cluster_ends", ScalarType::Short);
-  const int64_t num_blocks = kv_cache.size(0), num_kv_heads = kv_cache.size(1);
-  const int64_t block_size = kv_cache.size(2), row_size = kv_cache.size(3);
-  const int64_t num_clusters = centroids.size(3);
-  STD_TORCH_CHECK(num_kv_heads > 0, "kv_cache.size(1), the KV heads, must be at least 1, got ",
-                  num_kv_heads);
-  STD_TORCH_CHECK(row_size > 0 && row_size % 2 == 0, "kv_cache.size(3) must be 2 * head_size, got ",
+  check_dtype(index, "index", ScalarType::Byte);
+  SemanticPages pages{};
+  pages.num_blocks = kv_cache.size(0);
+  pages.num_kv_heads = kv_cache.size(1);
+  pages.block_size = kv_cache.size(2);
+  const int64_t row_size = kv_cache.size(3);
+  STD_TORCH_CHECK(pages.num_kv_heads > 0,
+                  "kv_cache.size(1), the KV heads, must be at least 1, got ", pages.num_kv_heads);
+  STD_TORCH_CHECK(row_size > 0 && row_size % 16 == 0 && row_size <= 512,
+                  "kv_cache.size(3) must be 2 * head_size, which is a multiple of 8 and at most "
+                  "256, got ",
                   row_size);
-  STD_TORCH_CHECK(block_size > 0 && block_size <= 256,
-                  "kv_cache.size(2), the page, must be 1 to 256 tokens, got ", block_size);
-  STD_TORCH_CHECK(num_clusters == 8 || num_clusters == 16 || num_clusters == 32,
-                  "centroids.size(3), the clusters a page, must be 8, 16 or 32, got ",
-                  num_clusters);
-  check_size(centroids, "centroids", 0, num_blocks, "num_blocks");
-  check_size(centroids, "centroids", 1, num_kv_heads, "num_kv_heads");
-  check_size(centroids, "centroids", 2, 2, "mean keys and mean values");
-  check_size(centroids, "centroids", 4, row_size / 2, "head_size");
-  check_size(spreads, "spreads", 0, num_blocks, "num_blocks");
-  check_size(spreads, "spreads", 1, num_kv_heads, "num_kv_heads");
-  check_size(spreads, "spreads", 2, row_size / 2 + num_clusters, "head_size + num_clusters");
-  check_size(cluster_ends, "cluster_ends", 0, num_blocks, "num_blocks");
-  check_size(cluster_ends, "cluster_ends", 1, num_kv_heads, "num_kv_heads");
-  check_size(cluster_ends, "cluster_ends", 2, num_clusters, "num_clusters");
+  STD_TORCH_CHECK(pages.block_size > 0 && pages.block_size <= 256,
+                  "kv_cache.size(2), the page, must be 1 to 256 tokens, got ", pages.block_size);
+  pages.head_size = row_size / 2;
+  int64_t sizes[3];
+  for (int i = 0; i < 3; ++i) {
+    const int64_t num_clusters = int64_t{16} << i;
+    const IndexFields fields =
+        index_fields(pages.head_size, num_clusters, static_cast<int64_t>(kv_cache.element_size()));
+    sizes[i] = fields.bytes;
+    if (index.size(2) == fields.bytes) {
+      pages.num_clusters = num_clusters;
+      pages.fields = fields;
+    }
+  }
+  STD_TORCH_CHECK(pages.num_clusters > 0, "index.size(2) must be ", sizes[0], ", ", sizes[1],
+                  " or ", sizes[2], ", the bytes of 16, 32 or 64 clusters a page, got ",
+                  index.size(2));
+  check_size(index, "index", 0, pages.num_blocks, "num_blocks");
+  check_size(index, "index", 1, pages.num_kv_heads, "num_kv_heads");
   check_dense_rows(kv_cache, "kv_cache");
-  check_dense_rows(centroids, "centroids");
-  check_dense_rows(spreads, "spreads");
-  check_dense_rows(cluster_ends, "cluster_ends");
-  return {kv_cache.data_ptr(),
-          centroids.data_ptr(),
-          spreads.data_ptr(),
-          static_cast<int16_t*>(cluster_ends.data_ptr()),
-          nullptr,
-          kv_cache.stride(0),
-          kv_cache.stride(1),
-          kv_cache.stride(2),
-          centroids.stride(0),
-          centroids.stride(1),
-          centroids.stride(2),
-          centroids.stride(3),
-          spreads.stride(0),
-          spreads.stride(1),
-          cluster_ends.stride(0),
-          cluster_ends.stride(1),
-          0,
-          0,
-          nullptr,
-          0,
-          0,
-          0,
-          nullptr,
-          num_blocks,
-          num_kv_heads,
-          block_size,
-          num_clusters,
-          row_size / 2};
-}
-
-inline void check_codes(const Tensor& kv_cache, const Tensor& codes, SemanticPages& pages) {
-  // Coded dimensions are some of the head's, and a byte each.
-  STD_TORCH_CHECK(pages.head_size >= 16 && pages.head_size <= 256,
-                  "kv_cache.size(3) / 2, the head_size, must be 16 to 256, got ", pages.head_size);
-  check_dim(codes, "codes", 3);
-  check_dtype(codes, "codes", ScalarType::Byte);
-  check_size(codes, "codes", 0, pages.num_blocks, "num_blocks");
-  check_size(codes, "codes", 1, pages.num_kv_heads, "num_kv_heads");
-  check_size(codes, "codes", 2, code_bytes(pages.head_size, kv_cache.element_size()),
-             "a head's code bytes");
-  check_dense_rows(codes, "codes");
-  pages.codes = static_cast<uint8_t*>(codes.data_ptr());
-  pages.codes_block_stride = codes.stride(0);
-  pages.codes_head_stride = codes.stride(1);
+  check_dense_rows(index, "index");
+  pages.kv_cache = kv_cache.data_ptr();
+  pages.index = static_cast<uint8_t*>(index.data_ptr());
+  pages.kv_block_stride = kv_cache.stride(0);
+  pages.kv_head_stride = kv_cache.stride(1);
+  pages.kv_row_stride = kv_cache.stride(2);
+  pages.index_block_stride = index.stride(0);
+  pages.index_head_stride = index.stride(1);
+  // Fields are read as numbers of up to 4 bytes.
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(pages.index) % 4 == 0 &&
+                      pages.index_block_stride % 4 == 0 && pages.index_head_stride % 4 == 0,
+                  "index must be at a multiple of 4 bytes, and its strides multiples of 4, got "
+                  "strides ",
+                  pages.index_block_stride, " and ", pages.index_head_stride);
+  return pages;
 }
 
 // Where pages' indexes are, for the rows of a batch.
@@ -166,25 +137,9 @@ inline void check_index_table(const Tensor& kv_cache, const OptionalTensor& inde
   check_size(t, "index_table", 0, rows.num_reqs, "num_reqs");
   check_size(t, "index_table", 1, rows.max_blocks, "max_blocks");
   check_dense_rows(t, "index_table");
-  // Entries count the same bytes in all of them.
-  const int64_t size = kv_cache.element_size(), bytes = pages.centroid_block_stride * size;
-  STD_TORCH_CHECK(pages.spread_block_stride * size == bytes &&
-                      pages.ends_block_stride * static_cast<int64_t>(sizeof(int16_t)) == bytes,
-                  "with an index_table, centroids, spreads and cluster_ends must lie as many bytes "
-                  "apart from block to block, got ",
-                  bytes, ", ", pages.spread_block_stride * size, " and ",
-                  pages.ends_block_stride * static_cast<int64_t>(sizeof(int16_t)));
-  if (pages.codes != nullptr) {
-    STD_TORCH_CHECK(pages.codes_block_stride == bytes,
-                    "with an index_table, codes must lie as many bytes apart from block to block "
-                    "as centroids (",
-                    bytes, "), got ", pages.codes_block_stride);
-    pages.codes_block_stride = kIndexUnit;
-  }
   rows.index_table = static_cast<const int32_t*>(t.data_ptr());
   rows.index_table_stride = t.stride(0);
-  pages.centroid_block_stride = pages.spread_block_stride = kIndexUnit / size;
-  pages.ends_block_stride = kIndexUnit / static_cast<int64_t>(sizeof(int16_t));
+  pages.index_block_stride = kIndexUnit;
 }
 
 inline void check_host_cache(const Tensor& kv_cache, const OptionalTensor& host_cache,
@@ -286,19 +241,13 @@ inline void check_num_sink_tokens(const SemanticPages& pages, int64_t num_sink_t
                   num_sink_tokens);
 }
 
-inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& centroids,
-                                          const Tensor& spreads, const Tensor& cluster_ends,
-                                          const Tensor& codes, const Tensor& block_ids,
-                                          const Tensor& num_sink_tokens, int64_t num_iters) {
+inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& index,
+                                          const Tensor& block_ids, const Tensor& num_sink_tokens,
+                                          int64_t num_iters) {
   IndexPagesParams params{};
-  check_devices(kv_cache, {{"centroids", centroids},
-                           {"spreads", spreads},
-                           {"cluster_ends", cluster_ends},
-                           {"codes", codes},
-                           {"block_ids", block_ids},
-                           {"num_sink_tokens", num_sink_tokens}});
-  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
-  check_codes(kv_cache, codes, params.pages);
+  check_devices(kv_cache,
+                {{"index", index}, {"block_ids", block_ids}, {"num_sink_tokens", num_sink_tokens}});
+  params.pages = check_pages(kv_cache, index);
   check_dim(block_ids, "block_ids", 1);
   check_dim(num_sink_tokens, "num_sink_tokens", 1);
   check_dtype(block_ids, "block_ids", ScalarType::Int);
@@ -314,35 +263,24 @@ inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& 
   return params;
 }
 
-inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tensor& kv_cache,
-                                                const Tensor& centroids, const Tensor& spreads,
-                                                const Tensor& cluster_ends, const Tensor& codes,
-                                                const Tensor& block_table, const Tensor& seq_lens,
-                                                const Tensor& min_sparse_lens, double scale,
-                                                int64_t num_sink_tokens, const Tensor& scores,
-                                                const Tensor& estimates, const Tensor& tile_stats,
-                                                const OptionalTensor& index_table) {
+inline ScoreClustersParams check_score_clusters(
+    const Tensor& query, const Tensor& kv_cache, const Tensor& index, const Tensor& block_table,
+    const Tensor& seq_lens, const Tensor& min_sparse_lens, double scale, int64_t num_sink_tokens,
+    const Tensor& scores, const Tensor& tile_stats, const OptionalTensor& index_table) {
   ScoreClustersParams params{};
   check_devices(kv_cache, {{"query", query},
-                           {"centroids", centroids},
-                           {"spreads", spreads},
-                           {"cluster_ends", cluster_ends},
-                           {"codes", codes},
+                           {"index", index},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
                            {"scores", scores},
-                           {"estimates", estimates},
                            {"tile_stats", tile_stats}});
-  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
-  check_codes(kv_cache, codes, params.pages);
+  params.pages = check_pages(kv_cache, index);
   check_query(params.pages, query, kv_cache, "query");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
   check_index_table(kv_cache, index_table, params.pages, params.rows);
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
-                    params.pages.num_clusters);
-  check_per_cluster(estimates, "estimates", ScalarType::Float, params.rows, params.rows.num_heads,
                     params.pages.num_clusters);
   check_tile_stats(tile_stats, params.rows, scores.size(2));
   check_num_sink_tokens(params.pages, num_sink_tokens);
@@ -352,30 +290,26 @@ inline ScoreClustersParams check_score_clusters(const Tensor& query, const Tenso
   params.scale = static_cast<float>(scale);
   params.num_sink_tokens = num_sink_tokens;
   params.scores = static_cast<float*>(scores.data_ptr());
-  params.estimates = static_cast<float*>(estimates.data_ptr());
   params.tile_stats = static_cast<float*>(tile_stats.data_ptr());
   params.max_clusters = scores.size(2);
   return params;
 }
 
 inline SelectClustersParams check_select_clusters(
-    const Tensor& scores, const Tensor& tile_stats, const Tensor& kv_cache, const Tensor& centroids,
-    const Tensor& spreads, const Tensor& cluster_ends, const Tensor& block_table,
-    const Tensor& seq_lens, const Tensor& min_sparse_lens, int64_t num_sink_tokens,
-    int64_t token_budget, const Tensor& selected, const Tensor& num_attended,
-    const OptionalTensor& index_table) {
+    const Tensor& scores, const Tensor& tile_stats, const Tensor& kv_cache, const Tensor& index,
+    const Tensor& block_table, const Tensor& seq_lens, const Tensor& min_sparse_lens,
+    int64_t num_sink_tokens, int64_t token_budget, const Tensor& selected,
+    const Tensor& num_attended, const OptionalTensor& index_table) {
   SelectClustersParams params{};
   check_devices(kv_cache, {{"scores", scores},
                            {"tile_stats", tile_stats},
-                           {"centroids", centroids},
-                           {"spreads", spreads},
-                           {"cluster_ends", cluster_ends},
+                           {"index", index},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
                            {"selected", selected},
                            {"num_attended", num_attended}});
-  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
+  params.pages = check_pages(kv_cache, index);
   check_dim(scores, "scores", 3);
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, scores.size(1));
   check_index_table(kv_cache, index_table, params.pages, params.rows);
@@ -403,25 +337,22 @@ inline SelectClustersParams check_select_clusters(
 }
 
 inline SparseDecodeParams check_sparse_decode(
-    const Tensor& query, const Tensor& kv_cache, const Tensor& centroids, const Tensor& spreads,
-    const Tensor& cluster_ends, const Tensor& block_table, const Tensor& seq_lens,
-    const Tensor& min_sparse_lens, const Tensor& estimates, const Tensor& selected, double scale,
-    int64_t num_sink_tokens, bool tail_estimate, const Tensor& workspace, const Tensor& output,
-    const OptionalTensor& index_table, const OptionalTensor& host_cache,
-    const OptionalTensor& line_table) {
+    const Tensor& query, const Tensor& kv_cache, const Tensor& index, const Tensor& block_table,
+    const Tensor& seq_lens, const Tensor& min_sparse_lens, const Tensor& scores,
+    const Tensor& selected, double scale, int64_t num_sink_tokens, bool tail_estimate,
+    const Tensor& workspace, const Tensor& output, const OptionalTensor& index_table,
+    const OptionalTensor& host_cache, const OptionalTensor& line_table) {
   SparseDecodeParams params{};
   check_devices(kv_cache, {{"query", query},
-                           {"centroids", centroids},
-                           {"spreads", spreads},
-                           {"cluster_ends", cluster_ends},
+                           {"index", index},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
-                           {"estimates", estimates},
+                           {"scores", scores},
                            {"selected", selected},
                            {"workspace", workspace},
                            {"output", output}});
-  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
+  params.pages = check_pages(kv_cache, index);
   check_query(params.pages, query, kv_cache, "query");
   check_query(params.pages, output, kv_cache, "output");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
@@ -432,7 +363,7 @@ inline SparseDecodeParams check_sparse_decode(
   check_size(output, "output", 0, params.rows.num_reqs, "num_reqs");
   check_size(output, "output", 1, params.rows.num_heads, "num_heads");
   const int64_t num_clusters = params.pages.num_clusters;
-  check_per_cluster(estimates, "estimates", ScalarType::Float, params.rows, params.rows.num_heads,
+  check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     num_clusters);
   check_per_cluster(selected, "selected", ScalarType::Byte, params.rows, params.pages.num_kv_heads,
                     num_clusters);
@@ -447,9 +378,9 @@ inline SparseDecodeParams check_sparse_decode(
   params.query = query.data_ptr();
   params.query_row_stride = query.stride(0);
   params.query_head_stride = query.stride(1);
-  params.estimates = static_cast<const float*>(estimates.data_ptr());
+  params.scores = static_cast<const float*>(scores.data_ptr());
   params.selected = static_cast<const uint8_t*>(selected.data_ptr());
-  params.max_clusters = estimates.size(2);
+  params.max_clusters = scores.size(2);
   params.scale = static_cast<float>(scale);
   params.num_sink_tokens = num_sink_tokens;
   params.tail_estimate = tail_estimate;
@@ -462,8 +393,7 @@ inline SparseDecodeParams check_sparse_decode(
 }
 
 inline RecallParams check_recall(const Tensor& selected, const Tensor& scores,
-                                 const Tensor& kv_cache, const Tensor& centroids,
-                                 const Tensor& spreads, const Tensor& cluster_ends,
+                                 const Tensor& kv_cache, const Tensor& index,
                                  const Tensor& block_table, const Tensor& seq_lens,
                                  const Tensor& min_sparse_lens, int64_t num_sink_tokens,
                                  const Tensor& index_table, const Tensor& host_cache,
@@ -473,9 +403,7 @@ inline RecallParams check_recall(const Tensor& selected, const Tensor& scores,
   RecallParams params{};
   check_devices(kv_cache, {{"selected", selected},
                            {"scores", scores},
-                           {"centroids", centroids},
-                           {"spreads", spreads},
-                           {"cluster_ends", cluster_ends},
+                           {"index", index},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
@@ -484,7 +412,7 @@ inline RecallParams check_recall(const Tensor& selected, const Tensor& scores,
                            {"hot_lines", hot_lines},
                            {"hot_order", hot_order},
                            {"counters", counters}});
-  params.pages = check_pages(kv_cache, centroids, spreads, cluster_ends);
+  params.pages = check_pages(kv_cache, index);
   const int64_t num_kv_heads = params.pages.num_kv_heads;
   check_dim(scores, "scores", 3);
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, scores.size(1));

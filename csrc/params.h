@@ -16,31 +16,50 @@
 
 namespace clusterkv {
 
+// Where the fields of a KV head's index are, in bytes; page_layout.IndexFields says what they are.
+// Element arrays are of kv_dtype. All begin at a multiple of 16 bytes.
+struct IndexFields {
+  int64_t value_codes;     // key codes come first: [num_clusters, padded_dims / 2] bytes each
+  int64_t cluster_ends;    // [num_clusters] int16; row after a cluster's last
+  int64_t key_steps;       // [num_clusters]
+  int64_t radii;           // [num_clusters]
+  int64_t value_steps;     // [num_clusters]
+  int64_t key_base;        // [head_size]
+  int64_t key_deviations;  // [head_size]
+  int64_t profile;         // [head_size]
+  int64_t bytes;
+};
+
+// Dimensions that means have codes of.
+CLUSTERKV_HOST_DEVICE constexpr int64_t padded_dims(int64_t head_size) {
+  return (head_size + 31) / 32 * 32;
+}
+
+CLUSTERKV_HOST_DEVICE constexpr IndexFields index_fields(int64_t head_size, int64_t num_clusters,
+                                                         int64_t element_size) {
+  IndexFields fields{};
+  fields.value_codes = num_clusters * padded_dims(head_size) / 2;
+  fields.cluster_ends = 2 * fields.value_codes;
+  fields.key_steps = fields.cluster_ends + num_clusters * 2;
+  fields.radii = fields.key_steps + num_clusters * element_size;
+  fields.value_steps = fields.radii + num_clusters * element_size;
+  fields.key_base = fields.value_steps + num_clusters * element_size;
+  fields.key_deviations = fields.key_base + head_size * element_size;
+  fields.profile = fields.key_deviations + head_size * element_size;
+  fields.bytes = fields.profile + head_size * element_size;
+  return fields;
+}
+
 // One layer of the KV cache as semantic pages. `kv_dtype` is bf16, fp16 or fp32.
 struct SemanticPages {
-  void* kv_cache;         // [num_blocks, num_kv_heads, block_size, 2 * head_size] kv_dtype; K|V
-  void* centroids;        // [num_blocks, num_kv_heads, 2, num_clusters, head_size] kv_dtype;
-                          // of each head all mean keys, then all mean values
-  void* spreads;          // [num_blocks, num_kv_heads, head_size + num_clusters] kv_dtype;
-                          // of each head the profile, then the clusters' radii
-  int16_t* cluster_ends;  // [num_blocks, num_kv_heads, num_clusters]; row after a cluster's last
-  // Of score_clusters and index_pages: [num_blocks, num_kv_heads, code_bytes(...)]; of each head
-  // num_coded_dims deviations in kv_dtype, as many dimensions in 16 bits each, ascending, and the
-  // steps. vllm_clusterkv/key_codes.py says where a key's bits are.
-  uint8_t* codes;
+  void* kv_cache;      // [num_blocks, num_kv_heads, block_size, 2 * head_size] kv_dtype; K|V
+  uint8_t* index;      // [num_blocks, num_kv_heads, fields.bytes]
+  IndexFields fields;  // of a page and KV head
   int64_t kv_block_stride;
   int64_t kv_head_stride;
   int64_t kv_row_stride;
-  int64_t centroid_block_stride;
-  int64_t centroid_head_stride;
-  int64_t centroid_value_offset;  // from a mean key to its mean value
-  int64_t centroid_row_stride;
-  int64_t spread_block_stride;
-  int64_t spread_head_stride;
-  int64_t ends_block_stride;
-  int64_t ends_head_stride;
-  int64_t codes_block_stride;
-  int64_t codes_head_stride;
+  int64_t index_block_stride;  // in bytes, as the next one
+  int64_t index_head_stride;
   // Pages outside of kv_cache, strided like it within a head: [num_host_pages, ...], or null.
   const void* host_cache;
   int64_t host_page_stride;
@@ -59,8 +78,8 @@ struct SemanticPages {
 // The decode rows of a batch.
 struct DecodeRows {
   const int32_t* block_table;      // [num_reqs, max_blocks]; -1 - h for page h of host_cache
-  const int32_t* index_table;      // likewise; where a page's index is, in the block strides of
-                                   // centroids, spreads and cluster_ends: block_table as a rule
+  const int32_t* index_table;      // likewise; where a page's index is, in the block stride of
+                                   // the indexes: block_table as a rule
   const int32_t* seq_lens;         // [num_reqs]; tokens including the current one, 0 for padding
   const int32_t* min_sparse_lens;  // [num_reqs]; shorter rows are attended densely
   int64_t block_table_stride;
@@ -86,8 +105,7 @@ struct ScoreClustersParams {
   int64_t query_head_stride;
   float scale;
   int64_t num_sink_tokens;
-  float* scores;     // [num_reqs, num_heads, max_clusters]; contiguous
-  float* estimates;  // as scores
+  float* scores;  // [num_reqs, num_heads, max_clusters]; contiguous
   // [num_reqs, num_heads, num_tiles(max_clusters), 2]; contiguous. Of a tile's clusters with
   // tokens: max score, and sum of tokens * exp(score - max). None has tokens: -inf and 0.
   float* tile_stats;
@@ -129,7 +147,7 @@ struct SparseDecodeParams {
   const void* query;  // [num_reqs, num_heads, head_size] kv_dtype
   int64_t query_row_stride;
   int64_t query_head_stride;
-  const float* estimates;   // [num_reqs, num_heads, max_clusters]; contiguous
+  const float* scores;      // [num_reqs, num_heads, max_clusters]; contiguous
   const uint8_t* selected;  // [num_reqs, num_kv_heads, max_clusters]; contiguous
   int64_t max_clusters;
   float scale;
@@ -142,31 +160,16 @@ struct SparseDecodeParams {
   int64_t output_head_stride;
 };
 
-// What the variance of a cluster's logits adds to its estimate:
+// What the variance of a cluster's logits adds to its score:
 // min(kSpreadWeight * (sqrt(1 + variance) - 1), kSpreadMost).
 constexpr float kSpreadWeight = 0.75f;
 constexpr float kSpreadMost = 4.0f;
 
-// Codes of keys: steps of 16 columns, half the distance between two levels, in deviations, and
-// the bound of query times deviation, which is rounded to fp16.
-constexpr int64_t kCodeSteps = 16;
-constexpr float kCodeStep = 0.4978f;
-constexpr float kLargestWeight = 65504.0f;
+// The code of a mean's element that is the base: between 7 and 8.
+constexpr float kMiddleCode = 7.5f;
 
-// Dimensions that a page's codes tell of.
-CLUSTERKV_HOST_DEVICE constexpr int64_t num_coded_dims(int64_t head_size) {
-  return head_size <= 64 ? 16 : (head_size + 127) / 128 * 32;
-}
-
-// Keys of a cluster that have codes, at most.
-CLUSTERKV_HOST_DEVICE constexpr int64_t num_coded_keys(int64_t num_clusters) {
-  return 16 * kCodeSteps / num_clusters;
-}
-
-// Bytes of a page and KV head's codes.
-CLUSTERKV_HOST_DEVICE constexpr int64_t code_bytes(int64_t head_size, int64_t element_size) {
-  return num_coded_dims(head_size) * (element_size + 2 + 4 * kCodeSteps);
-}
+// The bound of fp16 products of a query with deviations.
+constexpr float kLargestHalf = 65504.0f;
 
 // Rows that are recalled together.
 constexpr int64_t kLineRows = 8;
@@ -183,7 +186,10 @@ constexpr int64_t kMassEvery = 64;
 // Bytes that an entry of an index_table counts.
 constexpr int64_t kIndexUnit = 512;
 
-// Clusters that share an entry of tile_stats: neighbours, of two pages if these have 8.
+// Clusters of a page and KV head, at most.
+constexpr int64_t kMostClusters = 64;
+
+// Clusters that share an entry of tile_stats: neighbours.
 constexpr int64_t kTileClusters = 16;
 
 CLUSTERKV_HOST_DEVICE inline int64_t num_tiles(int64_t num_clusters) {

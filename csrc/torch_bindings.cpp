@@ -8,34 +8,27 @@
 
 STABLE_TORCH_LIBRARY(clusterkv, m) {
   m.def(
-      "index_pages(Tensor(a!) kv_cache, Tensor(b!) centroids, Tensor(c!) spreads, "
-      "Tensor(d!) cluster_ends, Tensor(e!) codes, "
-      "Tensor block_ids, Tensor num_sink_tokens, int num_iters) -> ()");
+      "index_pages(Tensor(a!) kv_cache, Tensor(b!) index, Tensor block_ids, "
+      "Tensor num_sink_tokens, int num_iters) -> ()");
   m.def(
-      "score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor "
-      "cluster_ends, Tensor codes, "
-      "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, float scale, "
-      "int num_sink_tokens, Tensor(a!) scores, Tensor(b!) estimates, Tensor(c!) tile_stats, "
+      "score_clusters(Tensor query, Tensor kv_cache, Tensor index, Tensor block_table, "
+      "Tensor seq_lens, Tensor min_sparse_lens, float scale, int num_sink_tokens, "
+      "Tensor(a!) scores, Tensor(b!) tile_stats, Tensor? index_table=None) -> ()");
+  m.def(
+      "select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor index, "
+      "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, int num_sink_tokens, "
+      "int token_budget, Tensor(a!) selected, Tensor(b!) num_attended, "
       "Tensor? index_table=None) -> ()");
   m.def(
-      "select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids, "
-      "Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor "
-      "min_sparse_lens, "
-      "int num_sink_tokens, int token_budget, Tensor(a!) selected, Tensor(b!) num_attended, "
-      "Tensor? index_table=None) -> ()");
+      "sparse_decode(Tensor query, Tensor kv_cache, Tensor index, Tensor block_table, "
+      "Tensor seq_lens, Tensor min_sparse_lens, Tensor scores, Tensor selected, float scale, "
+      "int num_sink_tokens, bool tail_estimate, Tensor(a!) workspace, Tensor(b!) output, "
+      "Tensor? index_table=None, Tensor? host_cache=None, Tensor? line_table=None) -> ()");
   m.def(
-      "sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor "
-      "cluster_ends, "
-      "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, Tensor estimates, "
-      "Tensor selected, float scale, int num_sink_tokens, bool tail_estimate, "
-      "Tensor(a!) workspace, Tensor(b!) output, Tensor? index_table=None, "
-      "Tensor? host_cache=None, Tensor? line_table=None) -> ()");
-  m.def(
-      "recall(Tensor selected, Tensor scores, Tensor(a!) kv_cache, Tensor centroids, "
-      "Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor "
-      "min_sparse_lens, "
-      "int num_sink_tokens, Tensor index_table, Tensor host_cache, Tensor row_slots, "
-      "Tensor hot_blocks, Tensor(b!) line_table, Tensor(c!) hot_lines, Tensor(d!) hot_order, "
+      "recall(Tensor selected, Tensor scores, Tensor(a!) kv_cache, Tensor index, "
+      "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, int num_sink_tokens, "
+      "Tensor index_table, Tensor host_cache, Tensor row_slots, Tensor hot_blocks, "
+      "Tensor(b!) line_table, Tensor(c!) hot_lines, Tensor(d!) hot_order, "
       "Tensor(e!) counters) -> ()");
 }
 

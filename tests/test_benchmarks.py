@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import server_metrics
 from benchmarks.server_metrics import DecodeRate, Sample, decode_rate, parse
+from vllm_clusterkv import page_layout
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,6 +137,18 @@ def test_throughput_needs_requests(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.parse_args()
     assert "--concurrency: must be 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_clusters", page_layout.CLUSTERS)
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_traffic_is_of_the_indexs_fields(script, head_size, num_clusters):
+    traffic = script("traffic")
+    layout = page_layout.PageLayout(8, head_size, num_clusters, torch.bfloat16)
+    index = torch.zeros(layout.index_bytes, dtype=torch.uint8)
+    fields = vars(page_layout.IndexFields.of(index, head_size, layout.dtype))
+    of_values = fields["value_codes"].nbytes + fields["value_steps"].nbytes
+    assert traffic.mean_value_bytes(layout) * num_clusters == of_values
+    assert traffic.scored_bytes(layout) == layout.index_bytes - of_values
 
 
 def test_decode_runs_on_a_cpu(tmp_path):

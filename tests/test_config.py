@@ -21,7 +21,7 @@ def test_defaults(additional_config):
     config = ClusterKVConfig.from_additional_config(additional_config)
     assert dataclasses.asdict(config) == {
         "token_budget": 1024,
-        "tokens_per_cluster": 16,
+        "tokens_per_cluster": 8,
         "num_iters": 4,
         "num_sink_tokens": 16,
         "tail_estimate": True,
@@ -38,7 +38,7 @@ def test_defaults(additional_config):
     ("name", "values"),
     [
         ("token_budget", [1, 2**30]),
-        ("tokens_per_cluster", [8, 16, 32]),
+        ("tokens_per_cluster", [4, 8, 16]),
         ("num_iters", [1, 100]),
         ("num_sink_tokens", [0, 128]),
         ("tail_estimate", [True, False]),
@@ -56,7 +56,7 @@ def test_the_ends_of_each_range_are_accepted(name, values):
 
 
 @pytest.mark.parametrize(
-    ("tokens_per_cluster", "num_clusters"), [(8, 32), (16, 16), (32, 8)]
+    ("tokens_per_cluster", "num_clusters"), [(4, 64), (8, 32), (16, 16)]
 )
 def test_clusters_a_page(tokens_per_cluster, num_clusters):
     assert read(tokens_per_cluster=tokens_per_cluster).num_clusters == num_clusters
@@ -91,7 +91,7 @@ def test_the_shortest_sparse_row(settings, crossover, expected):
         ),
         ("num_iters", "an integer from 1 to 100", [0, 101, 8.0, "8", True]),
         ("num_sink_tokens", "an integer from 0 to 128", [-1, 129, 16.0, "16", False]),
-        ("tokens_per_cluster", "8, 16 or 32", [0, 15, 64, 16.0, "16", True, None]),
+        ("tokens_per_cluster", "4, 8 or 16", [0, 15, 32, 16.0, "16", True, None]),
         ("tail_estimate", "true or false", [0, 1, "true", None]),
         (
             "min_sparse_len",

@@ -14,6 +14,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_clusterkv import cuda_backend, indexing
+from vllm_clusterkv.config import ClusterKVConfig
 from vllm_clusterkv.cuda_backend import (
     ALWAYS_DENSE,
     ClusterKVCUDAMetadataBuilder,
@@ -22,7 +23,7 @@ from vllm_clusterkv.cuda_backend import (
 )
 from vllm_clusterkv.page_layout import PageLayout
 
-LAYOUT = PageLayout(num_kv_heads=2, head_size=64, num_clusters=16, dtype=torch.bfloat16)
+LAYOUT = PageLayout(2, 64, ClusterKVConfig().num_clusters, torch.bfloat16)
 NUM_BLOCKS, MAX_BLOCKS, MAX_REQS = 40, 8, 16
 MIN_SPARSE_LEN = 300
 

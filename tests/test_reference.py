@@ -10,6 +10,7 @@ from tests.support import cases
 from tests.support.baselines import dense_attention
 from tests.support.batched_reference import BatchedReference, cluster_keys
 from tests.support.inputs import Pages, make_decode_inputs
+from tests.support.means import check_means
 from tests.support.random_cases import draw_case, make_random_inputs
 from vllm_clusterkv import reference
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
@@ -18,9 +19,9 @@ CLOSE = {"rtol": 2e-5, "atol": 1e-5}
 
 
 def attend(inputs, token_budget, tail_estimate=True):
-    scores, estimates, _ = inputs.score_all(reference)
+    scores, _ = inputs.score_all(reference)
     selected, num_attended = inputs.select(reference, scores, token_budget)
-    output = inputs.decode(reference, estimates, selected, tail_estimate=tail_estimate)
+    output = inputs.decode(reference, scores, selected, tail_estimate=tail_estimate)
     return output, num_attended
 
 
@@ -31,7 +32,7 @@ def index_all(inputs):
         sinks = torch.zeros(len(blocks), dtype=torch.int32)
         sinks[:1] = inputs.num_sink_tokens
         reference.index_pages(
-            **inputs.pages.coded_args(),
+            **inputs.pages.args(),
             block_ids=blocks,
             num_sink_tokens=sinks,
             num_iters=2,
@@ -40,7 +41,7 @@ def index_all(inputs):
 
 @pytest.mark.parametrize("tail_estimate", [True, False])
 @pytest.mark.parametrize("num_sink_tokens", [0, 16])
-@pytest.mark.parametrize("tokens_per_cluster", [8, 16, 32])
+@pytest.mark.parametrize("tokens_per_cluster", [4, 8, 16])
 def test_a_covering_budget_is_dense(tokens_per_cluster, num_sink_tokens, tail_estimate):
     inputs = make_decode_inputs(
         cases.DecodeCase(
@@ -62,7 +63,7 @@ def test_dense_rows_need_no_index():
     inputs = make_decode_inputs(
         cases.DecodeCase((700, 256, 1, 0), cases.FP32, min_sparse_lens=(701,) * 4)
     )
-    assert inputs.pages.centroids.isnan().all()
+    assert (inputs.pages.index == 255).all()
     output, num_attended = attend(inputs, token_budget=1)
     torch.testing.assert_close(output, dense_attention(inputs), **CLOSE)
     assert torch.equal(num_attended, inputs.seq_lens[:, None].expand(-1, 2))
@@ -74,9 +75,8 @@ def test_the_tail_estimate_is_exact_for_clusters_of_equal_rows():
     for req in range(2):
         for i, block in enumerate(inputs.block_table[req, : inputs.num_indexed(req)]):
             sinks = 16 if i == 0 else 0
-            rows = inputs.pages.kv_cache[block, :, sinks:]
             kinds = torch.arange(BLOCK_SIZE - sinks) * 16 // (BLOCK_SIZE - sinks)
-            rows.copy_(rows[:, kinds * 15])  # 16 different rows, in runs
+            inputs.pages.kv_cache[block, :, sinks:] = rows_of_exact_means()[kinds]
     index_all(inputs)
     expected = dense_attention(inputs)
     output, num_attended = attend(inputs, token_budget=1)
@@ -84,6 +84,25 @@ def test_the_tail_estimate_is_exact_for_clusters_of_equal_rows():
     torch.testing.assert_close(output, expected, **CLOSE)
     output, _ = attend(inputs, token_budget=1, tail_estimate=False)
     assert (output - expected).abs().max() > 0.1
+
+
+def rows_of_exact_means():
+    """16 rows that means of 4 bits have exactly: [16, 128] fp32.
+
+    Each dimension has one magnitude, and as many rows of either sign, so that keys are
+    a deviation above or below the base: the outermost codes, 0 and 15. Two of 15 would
+    share 16 bits that must stay finite, so neighbours in a word differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(16, 128, generator=generator).argsort(0)
+    signs = torch.where(order < 8, -1.0, 1.0)
+    for dim in range(0, 64, 8):
+        signs[:, dim + 6 : dim + 8] = -signs[:, dim + 4 : dim + 6]
+    for dim in range(64, 128, 32):
+        signs[:, dim + 24 : dim + 32] = -signs[:, dim + 16 : dim + 24]
+    sizes = torch.ones(128)
+    sizes[:64] = 0.25 + torch.rand(64, generator=generator)
+    return signs * sizes
 
 
 def test_the_tail_estimate_comes_closer_to_dense():
@@ -105,7 +124,7 @@ def test_an_indexed_page_holds_its_rows_and_their_means(dtype):
     before = torch.randn(2, BLOCK_SIZE, 128, generator=generator).to(dtype)
     pages.kv_cache[0] = before
     reference.index_pages(
-        **pages.coded_args(),
+        **pages.args(),
         block_ids=torch.tensor([0]),
         num_sink_tokens=torch.tensor([16]),
         num_iters=3,
@@ -115,10 +134,14 @@ def test_an_indexed_page_holds_its_rows_and_their_means(dtype):
         assert torch.equal(rows[:16], before[head, :16])
         moved = (before[head][:, None] == rows).all(-1)  # [before, after]
         assert (moved.sum(0) == 1).all() and (moved.sum(1) == 1).all()
-        for c, (start, end) in enumerate(zip([16, *ends], ends, strict=False)):
-            mean = rows[start:end].float().mean(0) if end > start else 0 * rows[0]
-            stored = pages.centroids[0, head, :, c].flatten()
-            torch.testing.assert_close(stored, mean.to(dtype), rtol=1e-6, atol=1e-6)
+        counts = torch.tensor(ends).diff(prepend=torch.tensor([16]))
+        labels = torch.arange(16).repeat_interleave(counts)
+        members = F.one_hot(labels, 16).T.float()
+        check_means(
+            pages.fields[:, head : head + 1],
+            members[None, None],
+            rows[None, None, 16:].float(),
+        )
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -127,23 +150,22 @@ def test_the_batched_references_agree(seed):
     case = draw_case(seed, "cpu")
     inputs, block_ids, num_sink_tokens = make_random_inputs(case, seed, "cpu")
     reference.index_pages(
-        **inputs.pages.coded_args(),
+        **inputs.pages.args(),
         block_ids=block_ids,
         num_sink_tokens=num_sink_tokens,
         num_iters=1,
     )
     batch = BatchedReference(inputs)
     live = batch.live[:, None]
-    scores, estimates, _ = inputs.score_all(reference)
-    actual, of_estimates, bound = batch.scores()
+    scores, _ = inputs.score_all(reference)
+    actual, bound = batch.scores()
     assert (((actual - scores).abs() <= bound) | ~live).all()
-    assert (((of_estimates - estimates).abs() <= bound) | ~live).all()
     selected, _ = inputs.select(reference, scores, case.token_budget)
     chosen = batch.select(batch.rank_weights(scores), case.token_budget)
     assert torch.equal(chosen & live, (selected == 1) & live)
     options = {"tail_estimate": case.tail_estimate, "out_dtype": torch.float32}
-    expected = inputs.decode(reference, estimates, selected, **options)
-    output, magnitude = batch.decode(estimates, selected, case.tail_estimate)
+    expected = inputs.decode(reference, scores, selected, **options)
+    output, magnitude = batch.decode(scores, selected, case.tail_estimate)
     assert ((output - expected).abs() <= 1e-5 * magnitude).all()
 
 

@@ -116,7 +116,7 @@ def test_views_for_submodels_are_left_alone(create_config):
             {"settings": {"token_budget": 0}},
             "clusterkv.token_budget must be an integer",
         ),
-        ({"settings": {"tokens_per_cluster": 12}}, "must be 8, 16 or 32, got 12"),
+        ({"settings": {"tokens_per_cluster": 12}}, "must be 4, 8 or 16, got 12"),
         (
             {"settings": {"hot_cache_tokens": 1024}},
             "clusterkv.hot_cache_tokens is for clusterkv.host_memory_gib",

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 
 from vllm_clusterkv import observe, ops, reference
-from vllm_clusterkv.page_layout import BLOCK_SIZE
+from vllm_clusterkv.page_layout import BLOCK_SIZE, IndexFields
 
 
 @dataclass
@@ -112,10 +112,7 @@ class AttentionProbe:
     def _index_pages(
         self,
         kv_cache,
-        centroids,
-        spreads,
-        cluster_ends,
-        codes,
+        index,
         block_ids,
         num_sink_tokens,
         num_iters,
@@ -125,10 +122,7 @@ class AttentionProbe:
         before = kv_cache[blocks]
         self._op(
             kv_cache,
-            centroids,
-            spreads,
-            cluster_ends,
-            codes,
+            index,
             block_ids,
             num_sink_tokens,
             num_iters,
@@ -139,11 +133,14 @@ class AttentionProbe:
 
     def _measure(self, step: observe.DecodeStep) -> None:
         context = int(step.seq_lens[0])
-        num_kv_heads, num_clusters = step.cluster_ends.shape[1:]
+        num_kv_heads, head_size = step.index.shape[1], step.query.shape[2]
+        fields = IndexFields.of(step.index, head_size, step.kv_cache.dtype)
+        num_clusters = fields.num_clusters
         blocks = step.block_table[0, : (context - 1) // BLOCK_SIZE + 1].long()
         is_dense = context < int(step.min_sparse_lens[0])
         indexed = blocks[:0] if is_dense else blocks[:-1]
-        labels = _label_rows(step, indexed, context)  # [num_kv_heads, context]
+        fields = fields[indexed]
+        labels = _label_rows(step, fields.cluster_ends, context)
 
         # Dense attention. [num_kv_heads, group, ...], all fp32.
         rows = step.kv_cache[blocks].float().transpose(0, 1).flatten(1, 2)
@@ -163,18 +160,15 @@ class AttentionProbe:
         cluster_mass.scatter_add_(2, labels[:, None].expand_as(mass), mass)
 
         # Sparse attention, as ``reference.sparse_decode`` defines it.
-        scores, estimates = (
-            of_clusters[0, :, :num_row_clusters].unflatten(0, (num_kv_heads, -1))
-            for of_clusters in (step.scores, step.estimates)
-        )
-        estimates = estimates + counts.log()[:, None]
+        scores = step.scores[0, :, :num_row_clusters].unflatten(0, (num_kv_heads, -1))
+        estimates = scores + counts.log()[:, None]
         if not step.config.tail_estimate:
             estimates = torch.full_like(estimates, float("-inf"))
         estimates = estimates.masked_fill(selected[:, None], float("-inf"))
         logits = logits.masked_fill(~taken, float("-inf"))
         weights = torch.cat([logits, estimates], -1).softmax(-1)
         # [num_kv_heads, num_row_clusters, head_size]
-        mean_value = step.centroids[indexed, :, 1].float().transpose(0, 1).flatten(1, 2)
+        mean_value = fields.mean_values().transpose(0, 1).flatten(1, 2)
         sparse = weights @ torch.cat([value, mean_value], 1)
 
         always = cluster_mass[..., -1]
@@ -260,12 +254,12 @@ def _row_bytes(rows: torch.Tensor) -> np.ndarray:
     return as_bytes.view(f"V{as_bytes.shape[-1]}")[..., 0]
 
 
-def _label_rows(step, indexed: torch.Tensor, context: int) -> torch.Tensor:
+def _label_rows(step, cluster_ends: torch.Tensor, context: int) -> torch.Tensor:
     """Cluster of each row of the context: [num_kv_heads, context] int64.
 
     Rows of no cluster, the sinks and the tail page, have the number behind the last.
     """
-    ends = step.cluster_ends[indexed].int().transpose(0, 1).contiguous()
+    ends = cluster_ends.int().transpose(0, 1).contiguous()
     num_kv_heads, num_pages, num_clusters = ends.shape
     rows = torch.arange(BLOCK_SIZE, dtype=torch.int32, device=ends.device)
     rows = rows.expand(num_kv_heads, num_pages, BLOCK_SIZE).contiguous()

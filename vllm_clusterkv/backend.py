@@ -127,13 +127,10 @@ class CompletedPages:
 
 @dataclass
 class SemanticPages:
-    """One layer's KV cache and the index views behind its pages."""
+    """One layer's KV cache and the indexes behind its pages."""
 
     kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]
-    centroids: torch.Tensor  # [num_blocks, num_kv_heads, 2, num_clusters, head_size]
-    spreads: torch.Tensor  # [num_blocks, num_kv_heads, head_size + num_clusters]
-    cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
-    codes: torch.Tensor  # [num_blocks, num_kv_heads, code_bytes] uint8
+    index: torch.Tensor  # [num_blocks, num_kv_heads, index_bytes] uint8
 
 
 class DecodeScratch:
@@ -169,7 +166,7 @@ class DecodeScratch:
                 limit.
         """
         stats_size = 2 * num_heads * num_tiles(max_clusters)  # of a row
-        row_bytes = max_clusters * (8 * num_heads + num_kv_heads) + 4 * num_kv_heads
+        row_bytes = max_clusters * (4 * num_heads + num_kv_heads) + 4 * num_kv_heads
         row_bytes += 4 * stats_size
         part_size = num_heads * (head_size + 2)
         num_parts = self.max_rows = 0
@@ -188,7 +185,6 @@ class DecodeScratch:
         # Flat, since rows must be contiguous at each number of clusters and splits.
         num_rows = self.max_rows
         self._scores = new(num_rows * num_heads * max_clusters, torch.float32)
-        self._estimates = torch.empty_like(self._scores)
         self._tile_stats = new(num_rows * stats_size, torch.float32)
         self._selected = new(num_rows * num_kv_heads * max_clusters, torch.uint8)
         self._num_attended = new(num_rows * num_kv_heads, torch.int32)
@@ -199,7 +195,6 @@ class DecodeScratch:
         """Bytes allocated."""
         buffers = (
             self._scores,
-            self._estimates,
             self._tile_stats,
             self._selected,
             self._num_attended,
@@ -212,7 +207,6 @@ class DecodeScratch:
 
         Returns:
             scores: [num_rows, num_heads, max_clusters] fp32.
-            estimates: As scores.
             tile_stats: [num_rows, num_heads, num_tiles, 2] fp32.
             selected: [num_rows, num_kv_heads, max_clusters] uint8.
             num_attended: [num_rows, num_kv_heads] int32.
@@ -225,7 +219,6 @@ class DecodeScratch:
 
         return (
             take(self._scores, num_rows, num_heads, max_clusters),
-            take(self._estimates, num_rows, num_heads, max_clusters),
             take(self._tile_stats, num_rows, num_heads, num_tiles(max_clusters), 2),
             take(self._selected, num_rows, num_kv_heads, max_clusters),
             take(self._num_attended, num_rows, num_kv_heads),
@@ -297,20 +290,18 @@ def _decode_rows(
     host_pages: HostPages | None,
 ) -> None:
     max_clusters = metadata.block_table.shape[1] * config.num_clusters
-    scores, estimates, tile_stats, selected, num_attended, workspace = scratch.shape(
+    scores, tile_stats, selected, num_attended, workspace = scratch.shape(
         len(query), max_clusters
     )
-    index = (pages.kv_cache, pages.centroids, pages.spreads, pages.cluster_ends)
+    index = (pages.kv_cache, pages.index)
     rows = (metadata.block_table, metadata.seq_lens, metadata.min_sparse_lens)
     ops.score_clusters(
         query,
         *index,
-        pages.codes,
         *rows,
         scale,
         config.num_sink_tokens,
         scores,
-        estimates,
         tile_stats,
         metadata.index_table,
     )
@@ -350,7 +341,7 @@ def _decode_rows(
         query,
         *index,
         *rows,
-        estimates,
+        scores,
         selected,
         scale,
         config.num_sink_tokens,
@@ -370,7 +361,6 @@ def _decode_rows(
                 *rows,
                 scale,
                 scores,
-                estimates,
                 selected,
                 num_attended,
                 config,
@@ -384,10 +374,7 @@ def index_completed_pages(
     """Indexes the pages that this step filled, in one layer."""
     ops.index_pages(
         pages.kv_cache,
-        pages.centroids,
-        pages.spreads,
-        pages.cluster_ends,
-        pages.codes,
+        pages.index,
         completed.block_ids,
         completed.num_sink_tokens,
         config.num_iters,

@@ -20,7 +20,7 @@ class ClusterKVConfig:
             by cluster. The attention sinks and the page being filled (at most 255
             tokens and the current one) come on top. A budget that covers the
             context gives exact attention.
-        tokens_per_cluster: Average tokens a cluster: 8, 16 or 32. Smaller selects
+        tokens_per_cluster: Average tokens a cluster: 4, 8 or 16. Smaller selects
             more finely and takes a larger index.
         num_iters: Rounds of k-means when a page is indexed.
         num_sink_tokens: First tokens of a request, always attended to.
@@ -42,7 +42,7 @@ class ClusterKVConfig:
     """
 
     token_budget: int = 1024
-    tokens_per_cluster: int = 16
+    tokens_per_cluster: int = 8
     num_iters: int = 4
     num_sink_tokens: int = 16
     tail_estimate: bool = True
@@ -88,9 +88,9 @@ class ClusterKVConfig:
         if self.hot_cache_tokens is not None:
             self._check_int("hot_cache_tokens", 0, 2**30, " or null")
         if type(self.tokens_per_cluster) is not int or (
-            self.tokens_per_cluster not in (8, 16, 32)
+            self.tokens_per_cluster not in (4, 8, 16)
         ):
-            self._reject("tokens_per_cluster", "8, 16 or 32")
+            self._reject("tokens_per_cluster", "4, 8 or 16")
         for name in ("tail_estimate", "poison_released"):
             if type(getattr(self, name)) is not bool:
                 self._reject(name, "true or false")

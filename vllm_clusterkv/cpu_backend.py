@@ -322,5 +322,5 @@ class ClusterKVCPUImpl(ClusterKVImpl):
                 self.config.num_clusters,
                 kv_cache.dtype,
             )
-            self._pages = SemanticPages(kv_cache, *layout.index_views(kv_cache))
+            self._pages = SemanticPages(kv_cache, layout.index_view(kv_cache))
         return self._pages

@@ -64,6 +64,9 @@ from vllm_clusterkv.recall.worker import tier_of
 MAX_SCRATCH_BYTES = 256 << 20
 """Scratch of a decode call. More rows than fit are processed in parts."""
 
+LARGE_HEAD_BYTES = 134_144
+"""Shared memory that ``index_pages`` takes at head size 256, 64 clusters a page."""
+
 ALWAYS_DENSE = np.iinfo(np.int32).max
 """The ``min_sparse_len`` of a row that has prompt to compute."""
 
@@ -250,7 +253,7 @@ class ClusterKVCUDAMetadataBuilder(AttentionMetadataBuilder[ClusterKVCUDAMetadat
         caches = {name: layers[name].kv_cache for name in self.layer_names}
         self._kv_cache = caches[self.layer_names[0]]
         self._pages = {
-            name: SemanticPages(cache, *self.layout.index_views(cache))
+            name: SemanticPages(cache, self.layout.index_view(cache))
             for name, cache in caches.items()
         }
         self._spans = span_layers(list(caches.values()), self.layout)
@@ -372,6 +375,7 @@ class ClusterKVCUDAImpl(ClusterKVImpl):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self._check_shared_memory()
         self.dense = FlashAttentionImpl(*args, **kwargs)
         self.scratch = _get_scratch(
             get_current_vllm_config(),
@@ -380,6 +384,19 @@ class ClusterKVCUDAImpl(ClusterKVImpl):
             self.head_size,
             self.config,
         )
+
+    def _check_shared_memory(self) -> None:
+        """Raises ValueError where ``index_pages`` has no room for its means."""
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        room: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        is_largest = self.head_size == 256 and self.config.tokens_per_cluster == 4
+        if is_largest and room < LARGE_HEAD_BYTES:
+            raise requirements.refusal(
+                "clusterkv.tokens_per_cluster 4 at head size 256 needs "
+                f"{LARGE_HEAD_BYTES} bytes of shared memory a thread block, "
+                f"{properties.name} has {room}",
+                "set clusterkv.tokens_per_cluster to 8",
+            )
 
     def do_kv_cache_update(
         self,

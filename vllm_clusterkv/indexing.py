@@ -83,7 +83,7 @@ def span_layers(kv_caches: list[torch.Tensor], layout: PageLayout) -> list[Layer
         ]
     return [
         LayerSpan(
-            SemanticPages(pages, *layout.index_views(pages)),
+            SemanticPages(pages, layout.index_view(pages)),
             torch.tensor(bases, dtype=torch.int32, device=pages.device)[:, None],
         )
         for pages, bases in spans

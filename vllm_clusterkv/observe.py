@@ -24,15 +24,12 @@ class DecodeStep:
     layer_name: str
     query: torch.Tensor
     kv_cache: torch.Tensor
-    centroids: torch.Tensor
-    spreads: torch.Tensor
-    cluster_ends: torch.Tensor
+    index: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     min_sparse_lens: torch.Tensor
     scale: float
     scores: torch.Tensor
-    estimates: torch.Tensor
     selected: torch.Tensor
     num_attended: torch.Tensor
     config: ClusterKVConfig

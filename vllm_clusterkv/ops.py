@@ -9,24 +9,14 @@ results; ``csrc/README.md`` says how each kernel gets there.
 Shapes used throughout:
 
     kv_cache:     [num_blocks, num_kv_heads, block_size, 2 * head_size] bf16|fp16|fp32
-    centroids:    [num_blocks, num_kv_heads, 2, num_clusters, head_size], as kv_cache.
-                  Of each KV head all mean keys, then all mean values.
-    spreads:      [num_blocks, num_kv_heads, head_size + num_clusters], as kv_cache.
-                  How far keys are from the means of their clusters. Of each KV head
-                  the *profile*: the variance in each dimension, over the mean of the
-                  dimensions' variances. Then each cluster's *radius*: the root of its
-                  variance's mean over the dimensions.
-    cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16. Cluster ``c`` of a
-                  page is its rows ``ends[c-1]`` to ``ends[c] - 1``; the first cluster
-                  begins at row 0, or behind the sinks in a request's first page.
-    codes:        [num_blocks, num_kv_heads, code_bytes] uint8. Of each KV head what is
-                  kept of single keys (``key_codes.py``).
+    index:        [num_blocks, num_kv_heads, index_bytes] uint8. What is known of the
+                  clusters of a page (``page_layout.IndexFields``). The number of bytes
+                  says how many clusters a page has.
     block_table:  [num_reqs, max_blocks] int32. Pages of a row in kv_cache. For
                   ``sparse_decode``, ``-1 - h`` is page ``h`` of a host_cache.
     index_table:  [num_reqs, max_blocks] int32, or None. Where the indexes of a row's
                   pages are, where some are not behind their pages: units of 512 bytes
-                  from the index of block 0. A block's bytes are then the same in
-                  centroids, spreads, cluster_ends and codes.
+                  from the index of block 0.
     host_cache:   [num_host_pages, num_kv_heads, block_size, 2 * head_size], as
                   kv_cache, in CPU memory, pinned for CUDA; or None. Pages that have no
                   block, of whose rows ``sparse_decode`` reads the selected. A sparse
@@ -89,10 +79,7 @@ HAS_CUDA_KERNELS = _load_cuda_kernels()
 
 def index_pages(
     kv_cache: torch.Tensor,
-    centroids: torch.Tensor,
-    spreads: torch.Tensor,
-    cluster_ends: torch.Tensor,
-    codes: torch.Tensor,
+    index: torch.Tensor,
     block_ids: torch.Tensor,
     num_sink_tokens: torch.Tensor,
     num_iters: int,
@@ -105,27 +92,16 @@ def index_pages(
     not finite is not chosen). ``num_iters`` rounds assign each key to the centroid
     of the largest cosine (ties to the lowest cluster) and move each centroid to the
     mean of its unnormalised keys (an empty cluster stays). The rows are then sorted
-    by cluster, keeping their order within it; means of K and V, the spreads of K, the
-    cluster ends and the codes of keys are stored. An empty cluster has zero means, no
-    radius, and zero codes.
-
-    Coded are the dimensions of the largest stored profile (ties to the lowest), whose
-    *deviation* is its root, in the pages' dtype. A key's code in one is how many of
-    ``-s``, 0 and ``s`` its difference from the stored mean reaches, ``s = 0.9956 *
-    deviation * radius``. Where a cluster has more keys than have codes, those are kept
-    that have the most codes of 0 or 3 (ties to the first); where it has fewer, the
-    same keys again. Of the eight codes in 16 bits one is lower by one where they would
-    be a number that is not finite: all of an index can be read as rows.
+    by cluster, keeping their order within it; means of K and V, in 4 bits an element
+    (``short_means.py``), the spread of K and the cluster ends are stored. An empty
+    cluster has no radius, and steps of zero.
 
     Attention over a set of past tokens does not depend on their order, so sorting
     a page changes no result. Deterministic.
 
     Args:
         kv_cache: Rows of the listed pages are permuted, K with its V.
-        centroids: Receives the means, computed in fp32.
-        spreads: Receives the spreads, computed in fp32.
-        cluster_ends: Receives the ends.
-        codes: Receives the codes.
+        index: Written, of the listed pages. What it has is computed in fp32.
         block_ids: [num_pages] int32. Pages to index, each once; -1 entries are skipped.
         num_sink_tokens: [num_pages] int32. Rows at the page's start that stay where
             they are and join no cluster: the attention sinks of a request's first
@@ -137,10 +113,7 @@ def index_pages(
     """
     torch.ops.clusterkv.index_pages.default(
         kv_cache,
-        centroids,
-        spreads,
-        cluster_ends,
-        codes,
+        index,
         block_ids,
         num_sink_tokens,
         num_iters,
@@ -150,38 +123,25 @@ def index_pages(
 def score_clusters(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
-    centroids: torch.Tensor,
-    spreads: torch.Tensor,
-    cluster_ends: torch.Tensor,
-    codes: torch.Tensor,
+    index: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     min_sparse_lens: torch.Tensor,
     scale: float,
     num_sink_tokens: int,
     scores: torch.Tensor,
-    estimates: torch.Tensor,
     tile_stats: torch.Tensor,
     index_table: torch.Tensor | None = None,
 ) -> None:
     """Scores every cluster of every sparse row's indexed pages.
 
-    ``scores[r, h, c]`` estimates the logarithm of the mean weight of a cluster's keys.
-    It is the larger of two.
-
-    By the *spread*: ``scale * query[r, h] . mean_key[c]``, with the means of query head
-    ``h``'s KV head, and ``min(0.75 * (sqrt(1 + variance) - 1), 4)``. ``variance`` is
-    that of the logits of the cluster's keys, as its page's profile has it: ``(scale *
-    radius[c])**2 * sum(query[r, h]**2 * profile)``, with squares in the query's dtype
-    (in fp16, of a 16th of the query, cut at 255).
-
-    By the best *coded key*: ``scale * query[r, h] . (mean_key[c] + off) -
-    log(count[c])``, with ``off = radius[c] * deviation * 0.4978 * (2 * code - 3)`` in
-    the coded dimensions, and the products ``query * deviation`` rounded to fp16 (cut at
-    65504; on a GPU rounded to multiples of 2**-18 where those are coarser).
-
-    ``estimates[r, h, c]`` is the same, but at most 4 above the mean key's logit: a
-    cluster stood in for by its mean weighs at most 55 times what that makes of it.
+    ``scores[r, h, c]`` estimates the logarithm of the mean weight of a cluster's keys:
+    ``scale * query[r, h] . mean_key[c]``, with the means of query head ``h``'s KV head,
+    and, for their *spread*, ``min(0.75 * (sqrt(1 + variance) - 1), 4)``. ``variance``
+    is that of the logits of the cluster's keys, as its page's profile has it: ``(scale
+    * radius[c])**2 * sum(query[r, h]**2 * profile)``. Squares, and the products of the
+    query with ``key_deviations``, are rounded to the query's dtype (in fp16, squares of
+    a 16th of the query, cut at 255; products cut at 65504).
 
     For the softmax of the next op, ``tile_stats[r, h, t]`` is, of tile ``t``'s clusters
     that have tokens, the max of ``scores`` and the sum of ``count[c] *
@@ -194,27 +154,22 @@ def score_clusters(
         scale: Softmax scale, 1 / sqrt(head_size) as a rule.
         num_sink_tokens: Unclustered rows at the start of a request's first page.
         scores: [num_reqs, num_heads, max_clusters] fp32, contiguous. Written.
-        estimates: As scores. Written.
         tile_stats: [num_reqs, num_heads, num_tiles, 2] fp32, contiguous. Written: max
             and sum of each tile.
 
-    Source: ClusterKV (arXiv 2412.03213), selection by inner product; spread and codes
-    are this work.
+    Source: ClusterKV (arXiv 2412.03213), selection by inner product; the spread, and
+    means of 4 bits, are this work.
     """
     torch.ops.clusterkv.score_clusters.default(
         query,
         kv_cache,
-        centroids,
-        spreads,
-        cluster_ends,
-        codes,
+        index,
         block_table,
         seq_lens,
         min_sparse_lens,
         scale,
         num_sink_tokens,
         scores,
-        estimates,
         tile_stats,
         index_table,
     )
@@ -224,9 +179,7 @@ def select_clusters(
     scores: torch.Tensor,
     tile_stats: torch.Tensor,
     kv_cache: torch.Tensor,
-    centroids: torch.Tensor,
-    spreads: torch.Tensor,
-    cluster_ends: torch.Tensor,
+    index: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     min_sparse_lens: torch.Tensor,
@@ -265,9 +218,7 @@ def select_clusters(
         scores,
         tile_stats,
         kv_cache,
-        centroids,
-        spreads,
-        cluster_ends,
+        index,
         block_table,
         seq_lens,
         min_sparse_lens,
@@ -282,13 +233,11 @@ def select_clusters(
 def sparse_decode(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
-    centroids: torch.Tensor,
-    spreads: torch.Tensor,
-    cluster_ends: torch.Tensor,
+    index: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     min_sparse_lens: torch.Tensor,
-    estimates: torch.Tensor,
+    scores: torch.Tensor,
     selected: torch.Tensor,
     scale: float,
     num_sink_tokens: int,
@@ -302,14 +251,14 @@ def sparse_decode(
     """Attends each row to its sinks, selected clusters and tail page.
 
     With ``tail_estimate``, every cluster left out is one more row: its mean value,
-    with the logit ``estimates[c] + log(count[c])``. All rows share one softmax. A dense
+    with the logit ``scores[c] + log(count[c])``. All rows share one softmax. A dense
     row attends to its first ``seq_len`` rows and nothing else. The output of a padding
     row is zero. Deterministic, and independent of the batch for a given number of
     splits.
 
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
-        estimates: As ``score_clusters``; read with ``tail_estimate``, of all clusters
+        scores: As ``score_clusters``; read with ``tail_estimate``, of all clusters
             with tokens. Must be ``score_clusters``'s: on CUDA, the means of all
             clusters come in and those of the selected ones are taken out again, which
             is exact as long as a selected cluster's mean does not outweigh its rows by
@@ -329,13 +278,11 @@ def sparse_decode(
     torch.ops.clusterkv.sparse_decode.default(
         query,
         kv_cache,
-        centroids,
-        spreads,
-        cluster_ends,
+        index,
         block_table,
         seq_lens,
         min_sparse_lens,
-        estimates,
+        scores,
         selected,
         scale,
         num_sink_tokens,
@@ -352,9 +299,7 @@ def recall(
     selected: torch.Tensor,
     scores: torch.Tensor,
     kv_cache: torch.Tensor,
-    centroids: torch.Tensor,
-    spreads: torch.Tensor,
-    cluster_ends: torch.Tensor,
+    index: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     min_sparse_lens: torch.Tensor,
@@ -404,9 +349,7 @@ def recall(
         selected,
         scores,
         kv_cache,
-        centroids,
-        spreads,
-        cluster_ends,
+        index,
         block_table,
         seq_lens,
         min_sparse_lens,

@@ -3,10 +3,11 @@
 """The byte layout of a semantic page: one vLLM block of one layer with its index.
 
     page  = [ num_kv_heads ][ block_size rows ][ K | V ]    what vLLM's view shows
-    index = [ num_kv_heads ][ mean K | mean V ][ num_clusters ][ head_size ]
-            [ num_kv_heads ][ profile of head_size | num_clusters radii ]
-            [ num_kv_heads ][ num_clusters ] int16 cluster ends
-            [ num_kv_heads ][ codes of keys, bytes (``key_codes.py``) ]
+    index = [ num_kv_heads ][ index_bytes ], of each head (``IndexFields``):
+              codes of mean keys, codes of mean values  (``short_means.py``)
+              cluster ends, int16
+              steps of keys, radii, steps of values     a number a cluster each
+              key base, key deviations, profile         a number a dimension each
     padding to a multiple of 512 bytes
 
 The index lives in the padding that ``page_size_padded`` adds behind the page, so
@@ -14,13 +15,15 @@ vLLM allocates, accounts for, shares and recycles it together with the keys it
 describes. A recycled page keeps the bytes of its former owner: an index is valid
 if, and only if, the page is complete.
 
-Llama-3.1-8B in bf16 (8 KV heads of 128, 16 clusters): K and V 1,048,576 bytes,
-index 65,536 + 2,304 + 256 + 17,408 bytes, page 1,134,080 bytes (8.2% more).
+Llama-3.1-8B in bf16 (8 KV heads of 128, 32 clusters): K and V 1,048,576 bytes,
+index 8 * 5,120 bytes, page 1,089,536 bytes (3.9% more).
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from vllm_clusterkv import short_means
 
 BLOCK_SIZE = 256
 """Tokens a page. Fixed: a page is the unit of clustering and of prefix sharing."""
@@ -49,9 +52,6 @@ MASS_EVERY = 64
 MASS_UNIT = 2**-20
 """In which ``recall`` counts mass."""
 
-NUM_STEPS = 16
-"""Steps of a page's codes: 16 times as many of its keys have codes at most."""
-
 INDEX_UNIT = 512
 """Bytes that an entry of an ``index_table`` counts; pages are multiples of it."""
 
@@ -61,9 +61,126 @@ def num_tiles(num_clusters: int) -> int:
     return -(-num_clusters // TILE_CLUSTERS)
 
 
-def num_coded_dims(head_size: int) -> int:
-    """Dimensions that a page's codes tell of: a quarter of them, and 16 at least."""
-    return 16 if head_size <= 64 else 32 * -(-head_size // 128)
+CLUSTERS = (16, 32, 64)
+"""Numbers of clusters that a page may have."""
+
+
+@dataclass
+class IndexFields:
+    """Views of the fields of indexes, ``[num_blocks, num_kv_heads, ...]``.
+
+    C is clusters, D the head size. Numbers are of the pages' dtype.
+
+    Attributes:
+        key_codes: [..., code_bytes] uint8, of the mean keys.
+        value_codes: Likewise, of the mean values.
+        cluster_ends: [..., C] int16. Cluster ``c`` of a page is its rows ``ends[c-1]``
+            to ``ends[c] - 1``; the first one begins at row 0, or behind the sinks in a
+            request's first page.
+        key_steps: [..., C].
+        radii: [..., C]. Of each cluster, the root of the mean over the dimensions of
+            its keys' variance.
+        value_steps: [..., C].
+        key_base: [..., D].
+        key_deviations: [..., D].
+        profile: [..., D]. The keys' variance around their clusters' means, over its
+            mean over the dimensions.
+    """
+
+    key_codes: torch.Tensor
+    value_codes: torch.Tensor
+    cluster_ends: torch.Tensor
+    key_steps: torch.Tensor
+    radii: torch.Tensor
+    value_steps: torch.Tensor
+    key_base: torch.Tensor
+    key_deviations: torch.Tensor
+    profile: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, index: torch.Tensor, head_size: int, dtype: torch.dtype
+    ) -> "IndexFields":
+        """The fields of indexes.
+
+        Args:
+            index: [..., index_bytes] uint8.
+            head_size: Elements of a key, and of a value.
+            dtype: Of the pages.
+
+        Raises:
+            ValueError: An index of such pages has another number of bytes.
+        """
+        sizes = {PageLayout(1, head_size, c, dtype).index_bytes: c for c in CLUSTERS}
+        if index.shape[-1] not in sizes:
+            raise ValueError(
+                f"index must have {', '.join(map(str, sizes))} bytes a head, "
+                f"got {index.shape[-1]}"
+            )
+        num_clusters = sizes[index.shape[-1]]
+        codes = short_means.code_bytes(num_clusters, head_size)
+        start, fields = 0, []
+        for size, field_dtype in (
+            (codes, torch.uint8),
+            (codes, torch.uint8),
+            (num_clusters, torch.int16),
+            *((num_clusters, dtype),) * 3,
+            *((head_size, dtype),) * 3,
+        ):
+            end = start + size * field_dtype.itemsize
+            fields.append(index[..., start:end].view(field_dtype))
+            start = end
+        return cls(*fields)
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters a page and KV head."""
+        return self.cluster_ends.shape[-1]
+
+    def __getitem__(self, where) -> "IndexFields":
+        """The fields of some blocks, or heads."""
+        return IndexFields(*(field[where] for field in vars(self).values()))
+
+    @property
+    def head_size(self) -> int:
+        """Elements of a key, and of a value."""
+        return self.profile.shape[-1]
+
+    def mean_keys(self) -> torch.Tensor:
+        """[..., C, D] fp32."""
+        return short_means.decode_keys(
+            self.key_codes, self.key_steps, self.key_base, self.key_deviations
+        )
+
+    def mean_values(self) -> torch.Tensor:
+        """[..., C, D] fp32."""
+        return short_means.decode_values(
+            self.value_codes, self.value_steps, self.head_size
+        )
+
+    def write_means(
+        self, mean_keys: torch.Tensor, mean_values: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        """Stores the means of clusters.
+
+        Args:
+            mean_keys: [..., C, D] fp32.
+            mean_values: [..., C, D] fp32.
+            counts: [..., C], tokens of each cluster.
+        """
+        dtype = self.key_base.dtype
+        of_keys = short_means.encode_keys(mean_keys, counts, dtype)
+        of_values = short_means.encode_values(mean_values, counts, dtype)
+        fields = (
+            self.key_codes,
+            self.key_steps,
+            self.key_base,
+            self.key_deviations,
+            self.value_codes,
+            self.value_steps,
+        )
+        for field, stored in zip(fields, (*of_keys, *of_values), strict=True):
+            field[:] = stored
 
 
 @dataclass(frozen=True)
@@ -73,8 +190,8 @@ class PageLayout:
     Attributes:
         num_kv_heads: KV heads of this rank.
         head_size: Elements of a key, and of a value.
-        num_clusters: Clusters a page and KV head: 8, 16 or 32.
-        dtype: Element type of keys, values, means and spreads.
+        num_clusters: Clusters a page and KV head: 16, 32 or 64.
+        dtype: Element type of keys and values.
     """
 
     num_kv_heads: int
@@ -88,42 +205,17 @@ class PageLayout:
         return self.num_kv_heads * BLOCK_SIZE * 2 * self.head_size * self.dtype.itemsize
 
     @property
-    def centroid_bytes(self) -> int:
-        """Bytes of the cluster means in a page's index."""
-        return (
-            self.num_kv_heads
-            * self.num_clusters
-            * 2
-            * self.head_size
-            * self.dtype.itemsize
-        )
-
-    @property
-    def spread_bytes(self) -> int:
-        """Bytes of the spreads of keys around their means in a page's index."""
-        return (
-            self.num_kv_heads
-            * (self.head_size + self.num_clusters)
-            * self.dtype.itemsize
-        )
-
-    @property
-    def ends_bytes(self) -> int:
-        """Bytes of the cluster ends in a page's index."""
-        return self.num_kv_heads * self.num_clusters * torch.int16.itemsize
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of a KV head's codes of keys in a page's index."""
-        return num_coded_dims(self.head_size) * (
-            self.dtype.itemsize + torch.int16.itemsize + 4 * NUM_STEPS
-        )
+    def index_bytes(self) -> int:
+        """Bytes of a KV head's index of a page."""
+        codes = 2 * short_means.code_bytes(self.num_clusters, self.head_size)
+        ends = self.num_clusters * torch.int16.itemsize
+        numbers = 3 * self.num_clusters + 3 * self.head_size
+        return codes + ends + numbers * self.dtype.itemsize
 
     @property
     def used_bytes(self) -> int:
         """Bytes of a page with its index, but for the padding."""
-        index_bytes = self.centroid_bytes + self.spread_bytes + self.ends_bytes
-        return self.kv_bytes + index_bytes + self.num_kv_heads * self.code_bytes
+        return self.kv_bytes + self.num_kv_heads * self.index_bytes
 
     @property
     def page_bytes(self) -> int:
@@ -158,22 +250,15 @@ class PageLayout:
         """Index bytes as a share of the bytes of keys and values."""
         return self.page_bytes / self.kv_bytes - 1
 
-    def index_views(
-        self, kv_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of the index areas behind the pages of one layer.
+    def index_view(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The view of the indexes behind the pages of one layer.
 
         Args:
             kv_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size] dtype.
                 vLLM's view of a layer, whose block stride includes the padding.
 
         Returns:
-            centroids: [num_blocks, num_kv_heads, 2, num_clusters, head_size] dtype.
-                Of each head all mean keys, then all mean values.
-            spreads: [num_blocks, num_kv_heads, head_size + num_clusters] dtype. Of each
-                head the profile, then the clusters' radii.
-            cluster_ends: [num_blocks, num_kv_heads, num_clusters] int16.
-            codes: [num_blocks, num_kv_heads, code_bytes] uint8.
+            [num_blocks, num_kv_heads, index_bytes] uint8.
 
         Raises:
             ValueError: The view is not one of padded pages in the LBHNC layout.
@@ -188,7 +273,6 @@ class PageLayout:
             or kv_cache.dtype != self.dtype
             or inner_strides != [BLOCK_SIZE * row, row, 1]
             or block_bytes < self.page_bytes
-            or block_bytes % self.dtype.itemsize
         ):
             raise ValueError(
                 f"kv_cache must be {self.dtype} of shape {shape} in the LBHNC layout "
@@ -196,43 +280,9 @@ class PageLayout:
                 f"{kv_cache.dtype} of shape {tuple(kv_cache.shape)} with strides "
                 f"{kv_cache.stride()}"
             )
-        offset = kv_cache.storage_offset() + self.kv_bytes // self.dtype.itemsize
-        centroids = kv_cache.as_strided(
-            (
-                num_blocks,
-                self.num_kv_heads,
-                2,
-                self.num_clusters,
-                self.head_size,
-            ),
-            (
-                block_stride,
-                self.num_clusters * row,
-                self.num_clusters * self.head_size,
-                self.head_size,
-                1,
-            ),
-            offset,
+        return torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(
+            kv_cache.untyped_storage(),
+            kv_cache.storage_offset() * self.dtype.itemsize + self.kv_bytes,
+            (num_blocks, self.num_kv_heads, self.index_bytes),
+            (block_bytes, self.index_bytes, 1),
         )
-        spread_size = self.head_size + self.num_clusters
-        spreads = kv_cache.as_strided(
-            (num_blocks, self.num_kv_heads, spread_size),
-            (block_stride, spread_size, 1),
-            offset + self.centroid_bytes // self.dtype.itemsize,
-        )
-        ends_offset = offset * self.dtype.itemsize + self.centroid_bytes
-        ends_offset += self.spread_bytes
-        storage, device = kv_cache.untyped_storage(), kv_cache.device
-        cluster_ends = torch.empty(0, dtype=torch.int16, device=device).set_(
-            storage,
-            ends_offset // torch.int16.itemsize,
-            (num_blocks, self.num_kv_heads, self.num_clusters),
-            (block_bytes // torch.int16.itemsize, self.num_clusters, 1),
-        )
-        codes = torch.empty(0, dtype=torch.uint8, device=device).set_(
-            storage,
-            ends_offset + self.ends_bytes,
-            (num_blocks, self.num_kv_heads, self.code_bytes),
-            (block_bytes, self.code_bytes, 1),
-        )
-        return centroids, spreads, cluster_ends, codes

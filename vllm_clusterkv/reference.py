@@ -7,7 +7,7 @@ Same names and arguments. Loops over rows, pages and heads; nothing here is fast
 
 import torch
 
-from vllm_clusterkv import key_codes
+from vllm_clusterkv import short_means
 from vllm_clusterkv.page_layout import (
     INDEX_UNIT,
     LINE_ROWS,
@@ -15,6 +15,7 @@ from vllm_clusterkv.page_layout import (
     MASS_EVERY,
     MASS_UNIT,
     TILE_CLUSTERS,
+    IndexFields,
     num_tiles,
 )
 
@@ -24,17 +25,14 @@ SPREAD_WEIGHT, SPREAD_MOST = 0.75, 4.0
 
 def index_pages(
     kv_cache,
-    centroids,
-    spreads,
-    cluster_ends,
-    codes,
+    index,
     block_ids,
     num_sink_tokens,
     num_iters,
 ) -> None:
     """See ``ops.index_pages``."""
-    num_clusters = centroids.shape[3]
-    head_size = kv_cache.shape[3] // 2
+    fields = _fields(index, kv_cache)
+    num_clusters, head_size = fields.num_clusters, kv_cache.shape[3] // 2
     for block, sinks in zip(block_ids.tolist(), num_sink_tokens.tolist(), strict=True):
         if block < 0:
             continue
@@ -42,16 +40,13 @@ def index_pages(
             rows = kv_cache[block, head, sinks:].float()  # [num_rows, 2 * head_size]
             keys = rows[:, :head_size]
             labels = cluster_keys(keys, num_clusters, num_iters)
-            for c in range(num_clusters):
-                members = rows[labels == c]
-                mean = members.mean(0) if len(members) else torch.zeros_like(rows[0])
-                centroids[block, head, :, c] = mean.view(2, head_size)
-            spreads[block, head] = key_spread(keys, labels, num_clusters)
-            codes[block, head] = key_codes.encode(
-                keys, labels, centroids[block, head, 0], spreads[block, head]
-            )
+            members = torch.nn.functional.one_hot(labels, num_clusters).T.float()
             counts = torch.bincount(labels, minlength=num_clusters)
-            cluster_ends[block, head] = sinks + counts.cumsum(0)
+            means = members @ rows / counts.clamp(min=1)[:, None]
+            own = fields[block, head]
+            own.write_means(means[:, :head_size], means[:, head_size:], counts)
+            own.profile[:], own.radii[:] = key_spread(keys, labels, num_clusters)
+            own.cluster_ends[:] = sinks + counts.cumsum(0)
             # Last: in fp32, rows and keys are views of the cache.
             order = torch.argsort(labels, stable=True)
             kv_cache[block, head, sinks:] = kv_cache[block, head, sinks:][order]
@@ -74,7 +69,7 @@ def cluster_keys(keys, num_clusters, num_iters) -> torch.Tensor:
     return labels
 
 
-def key_spread(keys, labels, num_clusters) -> torch.Tensor:
+def key_spread(keys, labels, num_clusters) -> tuple[torch.Tensor, torch.Tensor]:
     """How keys spread around the means of their clusters.
 
     Args:
@@ -82,17 +77,17 @@ def key_spread(keys, labels, num_clusters) -> torch.Tensor:
         labels: [num_rows] int64.
 
     Returns:
-        [head_size + num_clusters] fp32. The profile: the keys' variance in each
-        dimension, over its mean over the dimensions. The radii: of each cluster the
-        root of its variance's mean over the dimensions, 0 if it is empty.
+        profile: [head_size] fp32. The keys' variance in each dimension, over its mean
+            over the dimensions.
+        radii: [num_clusters] fp32. Of each cluster the root of its variance's mean over
+            the dimensions, 0 if it is empty.
     """
     members = torch.nn.functional.one_hot(labels, num_clusters).T.float()
     counts = members.sum(1, keepdim=True).clamp(min=1)
     squares = (keys - (members @ keys / counts)[labels]) ** 2
     variances = squares.mean(0)
     profile = torch.where(variances.mean() > 0, variances / variances.mean(), 0)
-    radii = (members @ squares / counts).mean(1).sqrt()
-    return torch.cat([profile, radii])
+    return profile, (members @ squares / counts).mean(1).sqrt()
 
 
 def query_squares(query) -> torch.Tensor:
@@ -106,7 +101,38 @@ def query_squares(query) -> torch.Tensor:
     return 256 * ((query / 16).clamp(-255, 255) ** 2).float()
 
 
-def spread_score(squares, spreads, scale) -> torch.Tensor:
+def deviating_query(query, deviations) -> torch.Tensor:
+    """Products with deviations, rounded to the query's dtype, in fp32.
+
+    In fp16 they end at 65504.
+    """
+    products = query.float() * deviations.float()
+    if query.dtype == torch.float16:
+        products = products.clamp(-65504, 65504)
+    return products.to(query.dtype).float()
+
+
+def mean_logits(query, fields, scale) -> torch.Tensor:
+    """Logits of the mean keys.
+
+    Args:
+        query: [..., group, head_size].
+        fields: ``IndexFields``, [..., C] and [..., D].
+
+    Returns:
+        [..., group, num_clusters] fp32.
+    """
+    codes = short_means.unpack(
+        fields.key_codes, fields.num_clusters, fields.head_size, of_keys=True
+    )
+    deviating = deviating_query(query, fields.key_deviations[..., None, :])
+    of_codes = deviating @ (codes - short_means.MIDDLE).mT
+    of_base = (query.float() * fields.key_base.float()[..., None, :]).sum(-1)
+    steps = fields.key_steps.float()[..., None, :]
+    return scale * (of_base[..., None] + steps * of_codes)
+
+
+def spread_score(squares, fields, scale) -> torch.Tensor:
     """What the spread of its keys adds to a cluster's score.
 
     exp() makes the weights of keys around a mean sum to more than the mean's. Of
@@ -115,13 +141,13 @@ def spread_score(squares, spreads, scale) -> torch.Tensor:
 
     Args:
         squares: [..., head_size] fp32, ``query_squares``.
-        spreads: [..., head_size + num_clusters] fp32.
+        fields: ``IndexFields``, [..., C] and [..., D].
 
     Returns:
         [..., num_clusters] fp32.
     """
-    profile, radii = spreads.tensor_split([squares.shape[-1]], -1)
-    variances = (squares * profile).sum(-1, keepdim=True) * (scale * radii) ** 2
+    variances = (squares * fields.profile.float()).sum(-1, keepdim=True)
+    variances = variances * (scale * fields.radii.float()) ** 2
     return (SPREAD_WEIGHT * ((1 + variances).sqrt() - 1)).clamp(max=SPREAD_MOST)
 
 
@@ -153,66 +179,33 @@ def first_argmax(similarity) -> torch.Tensor:
 def score_clusters(
     query,
     kv_cache,
-    centroids,
-    spreads,
-    cluster_ends,
-    codes,
+    index,
     block_table,
     seq_lens,
     min_sparse_lens,
     scale,
     num_sink_tokens,
     scores,
-    estimates,
     tile_stats,
     index_table=None,
 ) -> None:
     """See ``ops.score_clusters``."""
-    num_reqs, num_heads, head_size = query.shape
+    num_reqs, num_heads, _ = query.shape
     group = num_heads // kv_cache.shape[1]
     for req in range(num_reqs):
         if seq_lens[req] < min_sparse_lens[req]:
             continue
         num_pages = _num_indexed(seq_lens, req, kv_cache.shape[2])
-        means, page_spreads, ends, page_codes = _row_indexes(
-            (centroids, spreads, cluster_ends, codes),
-            block_table,
-            index_table,
-            req,
-            num_pages,
-        )
+        fields = _row_fields(index, kv_cache, block_table, index_table, req, num_pages)
         for head in range(num_heads):
-            kv_head = head // group
-            mean_keys = means[:, kv_head, 0].float()
-            mean_keys = mean_keys.reshape(-1, head_size)  # [row's clusters, head_size]
-            of_mean = scale * (mean_keys @ query[req, head].float())
-            spread = page_spreads[:, kv_head].float()
-            squares = query_squares(query[req, head])
-            row = of_mean + spread_score(squares, spread, scale).flatten()
-            counts = cluster_sizes(ends[:, kv_head], num_sink_tokens)
-            radii = scale * spread[:, head_size:]
-            decoded = key_codes.decode(
-                page_codes[:, kv_head], radii.shape[1], head_size, query.dtype
-            )
-            best = key_codes.best_key(query[req, head], decoded, radii)
-            row = best_score(row, of_mean, best.flatten(), counts)
-            scores[req, head, : len(row)] = row
-            estimates[req, head, : len(row)] = row.minimum(of_mean + SPREAD_MOST)
-            stats = softmax_stats(row, counts)
+            of_head = fields[:, head // group]
+            q = query[req, head]
+            row = mean_logits(q[None], of_head, scale)[:, 0]  # [pages, num_clusters]
+            row = row + spread_score(query_squares(q), of_head, scale)
+            counts = cluster_sizes(of_head.cluster_ends, num_sink_tokens)
+            scores[req, head, : len(counts)] = row.flatten()
+            stats = softmax_stats(row.flatten(), counts)
             tile_stats[req, head, : len(stats)] = stats
-
-
-def best_score(spread, of_mean, best, counts) -> torch.Tensor:
-    """A cluster's score: by its spread, or by its best coded key if that is more.
-
-    Args:
-        spread: [..., num_clusters] fp32. Logits of the mean keys with their spread.
-        of_mean: As spread. Logits of the mean keys.
-        best: As spread. By how much the best coded key's exceeds it.
-        counts: [..., num_clusters] int64; an empty cluster has no key.
-    """
-    of_best = of_mean + best - counts.clamp(min=1).log()
-    return torch.fmax(spread, torch.where(counts > 0, of_best, spread))
 
 
 def softmax_stats(scores, counts) -> torch.Tensor:
@@ -241,9 +234,7 @@ def select_clusters(
     scores,
     tile_stats,
     kv_cache,
-    centroids,
-    spreads,
-    cluster_ends,
+    index,
     block_table,
     seq_lens,
     min_sparse_lens,
@@ -262,9 +253,8 @@ def select_clusters(
             num_attended[req] = seq_lens[req]
             continue
         num_pages = _num_indexed(seq_lens, req, block_size)
-        (ends,) = _row_indexes(
-            (cluster_ends,), block_table, index_table, req, num_pages
-        )
+        fields = _row_fields(index, kv_cache, block_table, index_table, req, num_pages)
+        ends = fields.cluster_ends
         for head in range(num_kv_heads):
             counts = cluster_sizes(ends[:, head], num_sink_tokens)
             clustered = int(counts.sum())
@@ -303,13 +293,11 @@ def rank_weights(scores, counts) -> torch.Tensor:
 def sparse_decode(
     query,
     kv_cache,
-    centroids,
-    spreads,
-    cluster_ends,
+    index,
     block_table,
     seq_lens,
     min_sparse_lens,
-    estimates,
+    scores,
     selected,
     scale,
     num_sink_tokens,
@@ -324,7 +312,6 @@ def sparse_decode(
     num_reqs, num_heads, head_size = query.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    num_clusters = centroids.shape[3]
     for req in range(num_reqs):
         seq_len = int(seq_lens[req])
         if seq_len == 0:
@@ -332,9 +319,9 @@ def sparse_decode(
             continue
         is_dense = seq_len < int(min_sparse_lens[req])
         num_pages = _num_indexed(seq_lens, req, block_size)
-        means, ends = _row_indexes(
-            (centroids, cluster_ends), block_table, index_table, req, num_pages
-        )
+        fields = _row_fields(index, kv_cache, block_table, index_table, req, num_pages)
+        num_clusters, ends = fields.num_clusters, fields.cluster_ends
+        mean_values = fields.mean_values()
         blocks = block_table[req, : num_pages + 1].tolist()
         for head in range(num_heads):
             kv_head = head // group
@@ -363,9 +350,8 @@ def sparse_decode(
                         attend(page[kv_head, start:end])
                     elif tail_estimate and count > 0:
                         log_count = torch.log(torch.tensor(float(count)))
-                        logits.append(estimates[req, head, cluster, None] + log_count)
-                        mean_value = means[i, kv_head, 1, c]
-                        values.append(mean_value.float()[None])
+                        logits.append(scores[req, head, cluster, None] + log_count)
+                        values.append(mean_values[i, kv_head, c, None])
                     start = end
             tail_rows = seq_len - num_pages * block_size
             attend(kv_cache[blocks[-1], kv_head, :tail_rows])
@@ -392,9 +378,7 @@ def recall(
     selected,
     scores,
     kv_cache,
-    centroids,
-    spreads,
-    cluster_ends,
+    index,
     block_table,
     seq_lens,
     min_sparse_lens,
@@ -415,9 +399,8 @@ def recall(
         if slot < 0 or seq_lens[req] < min_sparse_lens[req]:
             continue
         num_pages = _num_indexed(seq_lens, req, kv_cache.shape[2])
-        (ends,) = _row_indexes(
-            (cluster_ends,), block_table, index_table, req, num_pages
-        )
+        fields = _row_fields(index, kv_cache, block_table, index_table, req, num_pages)
+        ends = fields.cluster_ends
         blocks = block_table[req].tolist()
         for head in range(num_kv_heads):
             chosen = selected[req, head].view(len(blocks), -1)
@@ -500,21 +483,25 @@ def _num_indexed(seq_lens, req, block_size) -> int:
     return max(int(seq_lens[req]) - 1, 0) // block_size
 
 
-def _row_indexes(views, block_table, index_table, req, num_pages) -> list[torch.Tensor]:
-    """Of each of an index's views, [num_blocks, ...], those of a row's pages."""
+def _fields(index, kv_cache) -> IndexFields:
+    return IndexFields.of(index, kv_cache.shape[3] // 2, kv_cache.dtype)
+
+
+def _row_fields(
+    index, kv_cache, block_table, index_table, req, num_pages
+) -> IndexFields:
+    """Of the indexes of a row's pages, [num_pages, num_kv_heads, ...]."""
     if index_table is None:
-        blocks = block_table[req, :num_pages].tolist()
-        return [view[blocks] for view in views]
-    places = index_table[req, :num_pages].tolist()
-    return [
-        torch.stack([_index_at(view, place) for place in places])
-        if places
-        else view[:0]
-        for view in views
-    ]
+        indexes = index[block_table[req, :num_pages].long()]
+    else:
+        places = index_table[req, :num_pages].tolist()
+        indexes = index.new_empty((num_pages, *index.shape[1:]))
+        for own, place in zip(indexes, places, strict=True):
+            own.copy_(_index_at(index, place))
+    return _fields(indexes, kv_cache)
 
 
-def _index_at(view, place) -> torch.Tensor:
+def _index_at(index, place) -> torch.Tensor:
     """What is ``place`` units behind that of block 0."""
-    offset = view.storage_offset() + place * INDEX_UNIT // view.element_size()
-    return view.as_strided(view.shape[1:], view.stride()[1:], offset)
+    offset = index.storage_offset() + place * INDEX_UNIT
+    return index.as_strided(index.shape[1:], index.stride()[1:], offset)

@@ -13,7 +13,7 @@
 
 #include "../checks.h"
 #include "dispatch.h"
-#include "key_codes.h"
+#include "short_means.h"
 
 namespace clusterkv::cpu {
 namespace {
@@ -27,7 +27,8 @@ struct Scratch {
   std::vector<float> keys_by_dim;  // [head_size, padded_rows]
   std::vector<float> centroids;    // [num_clusters, head_size]
   std::vector<float> directions;   // [head_size, num_clusters], centroids / their norms
-  std::vector<float> spread;       // [head_size + num_clusters]
+  std::vector<float> variances;    // [head_size]
+  std::vector<float> squares;      // [num_clusters]
   std::vector<float> values;       // [num_clusters, head_size], means of V
   std::vector<float> value;        // [head_size]
   std::vector<float> inverses;     // [padded_rows], 1 / norms of the keys
@@ -35,7 +36,6 @@ struct Scratch {
   std::vector<float> nearest;      // [padded_rows], largest cosine to a chosen key
   std::vector<int32_t> labels;     // [padded_rows]
   std::vector<int32_t> counts;     // [num_clusters]
-  CodeWriter codes;
 };
 
 inline void add_row(const float* __restrict row, float* __restrict sum, int64_t n) {
@@ -193,10 +193,11 @@ void cluster_keys(int64_t head_size, int64_t num_iters, Scratch& s) {
 // How keys spread around their means: by dimension, over the mean of the dimensions (the
 // profile), and of each cluster the root of the mean square (the radius).
 template <typename T>
-void store_spread(Scratch& s, int64_t head_size, int64_t num_clusters, T* spreads) {
-  s.spread.assign(head_size + num_clusters, 0.0f);
-  float* variances = s.spread.data();
-  float* squares = variances + head_size;
+void store_spread(Scratch& s, int64_t head_size, int64_t num_clusters, T* profile, T* radii) {
+  s.variances.assign(head_size, 0.0f);
+  s.squares.assign(num_clusters, 0.0f);
+  float* variances = s.variances.data();
+  float* squares = s.squares.data();
   for (int64_t row = 0; row < s.num_rows; ++row) {
     const float* key = s.keys.data() + row * head_size;
     const float* mean = s.centroids.data() + s.labels[row] * head_size;
@@ -217,7 +218,8 @@ void store_spread(Scratch& s, int64_t head_size, int64_t num_clusters, T* spread
   }
   const float mean = total / static_cast<float>(head_size);
   for (int64_t d = 0; d < head_size; ++d) variances[d] = mean > 0.0f ? variances[d] / mean : 0.0f;
-  store_row(s.spread.data(), spreads, head_size + num_clusters);
+  store_row(variances, profile, head_size);
+  store_row(squares, radii, num_clusters);
 }
 
 template <typename T, int kNumClusters>
@@ -231,8 +233,9 @@ void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t
   load_keys(rows, pages.kv_row_stride, head_size, s);
   cluster_keys<kNumClusters>(head_size, num_iters, s);
 
-  int16_t* ends =
-      pages.cluster_ends + block * pages.ends_block_stride + head * pages.ends_head_stride;
+  const IndexFields& fields = pages.fields;
+  uint8_t* index = pages.index + block * pages.index_block_stride + head * pages.index_head_stride;
+  int16_t* ends = reinterpret_cast<int16_t*>(index + fields.cluster_ends);
   int64_t next[kNumClusters];  // where a cluster's next row goes
   int64_t end = 0;
   for (int c = 0; c < kNumClusters; ++c) {
@@ -254,27 +257,16 @@ void index_page(const SemanticPages& pages, int64_t block, int64_t head, int64_t
   for (int64_t row = 0; row < s.num_rows; ++row) {
     std::copy_n(sorted.data() + row * row_size, row_size, rows + row * pages.kv_row_stride);
   }
-  T* spread = static_cast<T*>(pages.spreads) + block * pages.spread_block_stride +
-              head * pages.spread_head_stride;
-  store_spread(s, head_size, kNumClusters, spread);
-  // The centroids of the last round are the means of K, but for empty clusters.
-  T* means = static_cast<T*>(pages.centroids) + block * pages.centroid_block_stride +
-             head * pages.centroid_head_stride;
+  store_spread(s, head_size, kNumClusters, reinterpret_cast<T*>(index + fields.profile),
+               reinterpret_cast<T*>(index + fields.radii));
   for (int c = 0; c < kNumClusters; ++c) {
-    float* key_mean = s.centroids.data() + c * head_size;
-    float* value_mean = s.values.data() + c * head_size;
-    if (s.counts[c] == 0) {
-      std::fill_n(key_mean, head_size, 0.0f);
-    } else {
-      scale_row(1.0f / static_cast<float>(s.counts[c]), value_mean, head_size);
-    }
-    T* stored = means + c * pages.centroid_row_stride;
-    store_row(key_mean, stored, head_size);
-    store_row(value_mean, stored + pages.centroid_value_offset, head_size);
+    if (s.counts[c] == 0) continue;
+    scale_row(1.0f / static_cast<float>(s.counts[c]), s.values.data() + c * head_size, head_size);
   }
-  s.codes.write(s.keys.data(), s.labels.data(), s.num_rows, means, pages.centroid_row_stride,
-                spread, head_size, kNumClusters,
-                pages.codes + block * pages.codes_block_stride + head * pages.codes_head_stride);
+  // The centroids of the last round are the means of K, but for empty clusters.
+  const MeanWriter<T> writer(fields, head_size, kNumClusters, index);
+  writer.write_keys(s.centroids.data(), s.counts.data());
+  writer.write_values(s.values.data(), s.counts.data());
 }
 
 template <typename T>
@@ -289,24 +281,24 @@ void index_pages_kernel(const IndexPagesParams& p) {
       if (block < 0) continue;
       const int64_t sinks = p.num_sink_tokens[page];
       switch (p.pages.num_clusters) {
-        case 8:
-          index_page<T, 8>(p.pages, block, head, sinks, p.num_iters, scratch, sorted);
-          break;
         case 16:
           index_page<T, 16>(p.pages, block, head, sinks, p.num_iters, scratch, sorted);
           break;
         case 32:
           index_page<T, 32>(p.pages, block, head, sinks, p.num_iters, scratch, sorted);
           break;
+        case 64:
+          index_page<T, 64>(p.pages, block, head, sinks, p.num_iters, scratch, sorted);
+          break;
       }
     }
   });
 }
 
-void index_pages(Tensor kv_cache, Tensor centroids, Tensor spreads, Tensor cluster_ends,
-                 Tensor codes, Tensor block_ids, Tensor num_sink_tokens, int64_t num_iters) {
-  const IndexPagesParams params = check_index_pages(kv_cache, centroids, spreads, cluster_ends,
-                                                    codes, block_ids, num_sink_tokens, num_iters);
+void index_pages(Tensor kv_cache, Tensor index, Tensor block_ids, Tensor num_sink_tokens,
+                 int64_t num_iters) {
+  const IndexPagesParams params =
+      check_index_pages(kv_cache, index, block_ids, num_sink_tokens, num_iters);
   for (int64_t i = 0; i < params.num_pages; ++i) {
     const int64_t block = params.block_ids[i], sinks = params.num_sink_tokens[i];
     STD_TORCH_CHECK(block >= -1 && block < params.pages.num_blocks, "block_ids[", i,

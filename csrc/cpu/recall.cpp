@@ -157,15 +157,13 @@ void recall_kernel(const RecallParams& p) {
       });
 }
 
-void recall(Tensor selected, Tensor scores, Tensor kv_cache, Tensor centroids, Tensor spreads,
-            Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
-            int64_t num_sink_tokens, Tensor index_table, Tensor host_cache, Tensor row_slots,
-            Tensor hot_blocks, Tensor line_table, Tensor hot_lines, Tensor hot_order,
-            Tensor counters) {
-  const RecallParams params =
-      check_recall(selected, scores, kv_cache, centroids, spreads, cluster_ends, block_table,
-                   seq_lens, min_sparse_lens, num_sink_tokens, index_table, host_cache, row_slots,
-                   hot_blocks, line_table, hot_lines, hot_order, counters);
+void recall(Tensor selected, Tensor scores, Tensor kv_cache, Tensor index, Tensor block_table,
+            Tensor seq_lens, Tensor min_sparse_lens, int64_t num_sink_tokens, Tensor index_table,
+            Tensor host_cache, Tensor row_slots, Tensor hot_blocks, Tensor line_table,
+            Tensor hot_lines, Tensor hot_order, Tensor counters) {
+  const RecallParams params = check_recall(
+      selected, scores, kv_cache, index, block_table, seq_lens, min_sparse_lens, num_sink_tokens,
+      index_table, host_cache, row_slots, hot_blocks, line_table, hot_lines, hot_order, counters);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "recall", recall_kernel<scalar_t>(params));
 }
 

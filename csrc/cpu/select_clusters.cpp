@@ -70,17 +70,18 @@ SoftmaxSums merge_tiles(const float* tile_stats, int64_t num_tiles) {
 // weight[c] = sum over the query heads of softmax(scores + log(count))[c] / count[c]
 void weigh_clusters(const float* scores, int64_t score_stride, const float* tile_stats,
                     int64_t stats_stride, int64_t group, int64_t num_clusters, Scratch& s) {
-  const int32_t* __restrict counts = s.counts.data();
-  float* __restrict weights = s.weights.data();
+  const int32_t* counts = s.counts.data();
+  float* weights = s.weights.data();
   std::fill_n(weights, num_clusters, 0.0f);
+  static_assert(kTileClusters % kLanes == 0, "a page's clusters are whole vectors");
   for (int64_t g = 0; g < group; ++g) {
-    const float* __restrict row = scores + g * score_stride;
+    const float* row = scores + g * score_stride;
     const SoftmaxSums sums = merge_tiles(tile_stats + g * stats_stride, num_tiles(num_clusters));
     const float max = sums.max, inverse = 1.0f / sums.sum;
-#pragma omp simd
-    for (int64_t c = 0; c < num_clusters; ++c) {
-      const float weight = fast_exp(row[c] - max) * inverse;
-      weights[c] += counts[c] > 0 ? weight : 0.0f;
+    for (int64_t c = 0; c < num_clusters; c += kLanes) {
+      const Vec weight = fast_exp(load<Vec>(row + c) - max) * inverse;
+      const Vec sum = load<Vec>(weights + c) + (load<VecInts>(counts + c) > 0 ? weight : Vec{});
+      std::memcpy(weights + c, &sum, sizeof(sum));
     }
   }
 }
@@ -147,13 +148,13 @@ void select_row(const SelectClustersParams& p, int64_t req, int64_t head, Scratc
   *num_attended = static_cast<int32_t>(always + taken);
 }
 
-void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids,
-                     Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
-                     Tensor min_sparse_lens, int64_t num_sink_tokens, int64_t token_budget,
-                     Tensor selected, Tensor num_attended, OptionalTensor index_table) {
+void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor index,
+                     Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
+                     int64_t num_sink_tokens, int64_t token_budget, Tensor selected,
+                     Tensor num_attended, OptionalTensor index_table) {
   const SelectClustersParams params = check_select_clusters(
-      scores, tile_stats, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
-      min_sparse_lens, num_sink_tokens, token_budget, selected, num_attended, index_table);
+      scores, tile_stats, kv_cache, index, block_table, seq_lens, min_sparse_lens, num_sink_tokens,
+      token_budget, selected, num_attended, index_table);
   const int64_t num_kv_heads = params.pages.num_kv_heads;
   const int64_t num_tasks = params.rows.num_reqs * num_kv_heads;
   const int64_t task_scores = params.rows.num_heads / num_kv_heads * params.max_clusters;

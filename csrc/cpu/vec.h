@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -61,6 +62,40 @@ inline Float widen_half_bits(Bits bits) {
 }
 
 inline float widen(Half x) { return widen_half_bits<float>(static_cast<uint32_t>(x.x)); }
+
+template <typename Float>
+using BitsOf = std::conditional_t<std::is_same_v<Float, float>, uint32_t, VecBits>;
+
+// Rounds away so many bits of the mantissa: to nearest, ties to even.
+template <typename Float>
+inline Float round_bits(Float x, int num_bits) {
+  const auto bits = __builtin_bit_cast(BitsOf<Float>, x);
+  const uint32_t unit = 1u << num_bits;
+  const BitsOf<Float> up = bits + (unit / 2 - 1) + (bits >> num_bits & 1);
+  return x == x ? __builtin_bit_cast(Float, up & ~(unit - 1)) : x;
+}
+
+// Numbers as a type has them, in fp32, on a scalar or on a vector. The last argument says which.
+template <typename Float>
+inline Float rounded(Float x, float) {
+  return x;
+}
+
+template <typename Float>
+inline Float rounded(Float x, BFloat16) {
+  return round_bits(x, 16);
+}
+
+// For magnitudes up to 65504. Adding 0.5 leaves of a subnormal what fp16 has of it.
+template <typename Float>
+inline Float rounded(Float x, Half) {
+  using Bits = BitsOf<Float>;
+  const auto bits = __builtin_bit_cast(Bits, x);
+  const auto magnitude = __builtin_bit_cast(Float, bits & 0x7fffffffu);
+  const Float subnormal = (magnitude + 0.5f) - 0.5f;
+  const Bits with_sign = __builtin_bit_cast(Bits, subnormal) | (bits & 0x80000000u);
+  return magnitude < 0x1p-14f ? __builtin_bit_cast(Float, with_sign) : round_bits(x, 13);
+}
 
 template <typename V, typename T>
 inline V load(const T* src) {
@@ -136,6 +171,13 @@ inline void store_packed(const float* __restrict src, T* __restrict dst, int64_t
     }
   }
   store_row(src + i, dst + i, n - i);
+}
+
+// Where a packed row of n elements has element d.
+template <typename T>
+inline int64_t packed_place(int64_t d, int64_t n) {
+  if (sizeof(T) == sizeof(float) || d >= n / kBlock * kBlock) return d;
+  return d / kBlock * kBlock + d % 2 * kLanes + d % kBlock / 2;
 }
 
 inline float dot(const float* __restrict a, const float* __restrict b, int64_t n) {
@@ -292,8 +334,7 @@ inline Float fast_exp(Float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  using Bits = std::conditional_t<std::is_same_v<Float, float>, uint32_t, VecBits>;
-  const Bits exponent = __builtin_bit_cast(Bits, shifted) - 0x4b400000u + 127u;
+  const auto exponent = __builtin_bit_cast(BitsOf<Float>, shifted) - 0x4b400000u + 127u;
   const Float power = __builtin_bit_cast(Float, exponent << 23);
   return x < -87.0f ? zero : p * power;
 }

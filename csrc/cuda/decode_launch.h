@@ -40,13 +40,7 @@ inline void check_decode_shapes(const char* op, const SemanticPages& pages,
                   pages.num_kv_heads, " and ", rows.num_reqs);
   check_aligned(op, "kv_cache", pages.kv_cache,
                 {pages.kv_block_stride, pages.kv_head_stride, pages.kv_row_stride});
-  check_aligned(op, "centroids", pages.centroids,
-                {pages.centroid_block_stride, pages.centroid_head_stride,
-                 pages.centroid_value_offset, pages.centroid_row_stride});
-  check_aligned(op, "spreads", pages.spreads,
-                {pages.spread_block_stride, pages.spread_head_stride});
-  check_aligned(op, "cluster_ends", pages.cluster_ends,
-                {pages.ends_block_stride, pages.ends_head_stride});
+  check_index_aligned(op, pages);
   check_aligned(op, "host_cache", pages.host_cache,
                 {pages.host_page_stride, pages.host_head_stride});
 }

@@ -56,10 +56,13 @@ inline void check_aligned(const char* op, const char* name, const void* pointer,
                   " bytes, each row of it too, on CUDA");
 }
 
-inline void check_codes_aligned(const char* op, const SemanticPages& pages) {
-  const bool aligned = reinterpret_cast<uintptr_t>(pages.codes) % 16 == 0 &&
-                       pages.codes_block_stride % 16 == 0 && pages.codes_head_stride % 16 == 0;
-  STD_TORCH_CHECK(aligned, op, ": codes must be aligned to 16 bytes, each head of it too, on CUDA");
+// The same of the indexes, whose strides are in bytes: even ones, as checks.h has seen to. Kernels
+// multiply the block stride as a 32-bit number.
+inline void check_index_aligned(const char* op, const SemanticPages& pages) {
+  check_aligned(op, "index", pages.index,
+                {pages.index_block_stride / 2, pages.index_head_stride / 2});
+  STD_TORCH_CHECK(pages.index_block_stride < int64_t{1} << 31, op,
+                  ": index.stride(0) must be below 2^31 on CUDA, got ", pages.index_block_stride);
 }
 
 // Makes the tensor's device current for its lifetime, and launches on the stream

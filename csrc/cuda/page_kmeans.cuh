@@ -63,14 +63,14 @@ template <typename T, int kHeadSize, int kNumClusters>
 class PageKMeans {
  protected:
   static_assert(kHeadSize % 16 == 0 && kHeadSize <= 256);
-  static_assert(kNumClusters == 8 || kNumClusters == 16 || kNumClusters == 32);
+  static_assert(kNumClusters == 16 || kNumClusters == 32 || kNumClusters == 64);
   static constexpr int kNumSlabs = kHeadSize > 128 ? 2 : 1;
   static constexpr int kCols = kHeadSize / kNumSlabs;
   static constexpr int kChunks = kCols / 8;  // of 16 bytes, in a row
   static_assert(kCols % 16 == 0);
 
   static constexpr int kMeanTiles = kNumClusters / 8;
-  static constexpr int kClusterTiles = (kNumClusters + 15) / 16;
+  static constexpr int kClusterTiles = kNumClusters / 16;
   static constexpr int kColTiles = (kChunks + kPageWarps - 1) / kPageWarps;  // of 8, a warp
   static_assert(kChunks % kColTiles == 0, "a warp has all its columns or none");
 
@@ -79,14 +79,23 @@ class PageKMeans {
   static constexpr float kInverseOfTrue = std::is_same_v<T, __half> ? 1.0f : 128.0f;
 
  public:
+  struct SortedPage {
+    // Squared distances of keys from their means: of cluster c, those that have their places
+    // in the 32 of warp w, at c + w, which no other such pair with keys has.
+    float squares[kNumClusters + kPageWarps];
+    uint16_t ends[kNumClusters];  // place behind a cluster's last
+    uint8_t order[kPageRows];     // row that goes to each place
+  };
+
   struct Shared {
     uint4 rows[kPageRows * kChunks];
     uint4 means[kNumSlabs][2 * kNumClusters * kChunks];  // rounded, then what rounding left
     __half labels[kPageRows];                            // at label_slot(row); -1 for sinks
-    float squares[kNumClusters][kPageWarps];             // of the means, a part of columns each
     uint8_t counts[kNumClusters][kPageWarps];            // rows, a warp's each
-    uint8_t order[kPageRows];                            // row that goes to each place
-    uint16_t ends[kNumClusters];                         // place behind a cluster's last
+    union {
+      float squares[kNumClusters][kPageWarps];  // of the means, a part of columns each
+      SortedPage sorted;                        // when clusters are final
+    };
   };
 
   __device__ PageKMeans(Shared& shared, T* rows, int64_t row_stride, int num_sinks)
@@ -173,6 +182,7 @@ class PageKMeans {
     // Until the means are there, their room has the inverse norms of the keys.
     float* const inverses = reinterpret_cast<float*>(s_.means[0]);
     static_assert(sizeof(s_.means[0]) >= kPageRows * sizeof(float));
+    uint8_t* const seeds = first_rows();
     // Of each warp the least `nearest`, as an ordered integer, and its row; in turns.
     uint2* const least = reinterpret_cast<uint2*>(s_.squares);
     static_assert(sizeof(s_.squares) >= 2 * kPageWarps * sizeof(uint2));
@@ -194,7 +204,7 @@ class PageKMeans {
     float nearest = -INFINITY;
 #pragma unroll 1
     for (int c = 1; c < kNumClusters; ++c) {
-      if (threadIdx.x == 0) s_.order[c - 1] = static_cast<uint8_t>(chosen);
+      if (threadIdx.x == 0) seeds[c - 1] = static_cast<uint8_t>(chosen);
       const float cosine = dot_with(chosen) * inverse * inverses[chosen];
       nearest = fmaxf(nearest, cosine);  // of a number and none, the number
       // Keys without a direction (zero, not finite) are not chosen.
@@ -209,9 +219,9 @@ class PageKMeans {
       reduce_least(least_of_all, row_of_all);
       if (least_of_all != UINT32_MAX) chosen = row_of_all;
     }
-    if (threadIdx.x == 0) s_.order[kNumClusters - 1] = static_cast<uint8_t>(chosen);
+    if (threadIdx.x == 0) seeds[kNumClusters - 1] = static_cast<uint8_t>(chosen);
     __syncthreads();
-    start_at_order();
+    start_at_first_rows();
   }
 
   static __device__ __forceinline__ float square_of(const uint4& chunk) {
@@ -264,8 +274,13 @@ class PageKMeans {
     value = least;
   }
 
-  // Puts the first means where the rows in s_.order are.
-  __device__ __forceinline__ void start_at_order() {
+  // The rows that clusters start at; until there are labels, their room has them.
+  __device__ __forceinline__ uint8_t* first_rows() {
+    static_assert(sizeof(s_.labels) >= kNumClusters);
+    return reinterpret_cast<uint8_t*>(s_.labels);
+  }
+
+  __device__ __forceinline__ void start_at_first_rows() {
     const int first = kNumSlabs > 1 ? held_ : 0;
 #pragma unroll 1
     for (int i = 0; i < kNumSlabs; ++i) {
@@ -274,7 +289,7 @@ class PageKMeans {
       for (int c = warp_; c < kNumClusters; c += kPageWarps) {
         float square = 0.0f;
         if (lane_ < kChunks) {
-          const uint4 chunk = s_.rows[chunk_at(s_.order[c], lane_)];
+          const uint4 chunk = s_.rows[chunk_at(first_rows()[c], lane_)];
           s_.means[slab][chunk_at(c, lane_)] = chunk;
           s_.means[slab][chunk_at(kNumClusters + c, lane_)] = make_uint4(0, 0, 0, 0);
           square = square_of(chunk);
@@ -301,10 +316,13 @@ class PageKMeans {
   // matter), and counts. Returns whether this thread's row changed its label. A
   // similarity that is not a number never wins, so that labels are always valid.
   __device__ bool assign() {
-    float dots[2][2 * kMeanTiles][4] = {};
+    // The products with both parts of a mean have sums of their own, for shorter chains, where
+    // registers allow.
+    constexpr int kSums = kNumClusters > 32 ? kMeanTiles : 2 * kMeanTiles;
+    float dots[2][kSums][4] = {};
     const int lane = recomputed(lane_);
     for_each_slab([&](int slab) {
-#pragma unroll(kNumClusters > 16 ? 2 : kChunks / 2)
+#pragma unroll(kNumClusters > 32 ? 1 : kNumClusters > 16 ? 2 : kChunks / 2)
       for (int k = 0; k < kChunks; k += 2) {
         uint32_t keys[2][4];
 #pragma unroll
@@ -319,8 +337,8 @@ class PageKMeans {
           ldmatrix_x4(means, address(s_.means[slab][chunk_at(row, k + lane / 8 % 2)]));
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
-            mma_m16n8k16<T>(dots[t][2 * pair], keys[t], means[0], means[1]);
-            mma_m16n8k16<T>(dots[t][2 * pair + 1], keys[t], means[2], means[3]);
+            mma_m16n8k16<T>(dots[t][2 * pair % kSums], keys[t], means[0], means[1]);
+            mma_m16n8k16<T>(dots[t][(2 * pair + 1) % kSums], keys[t], means[2], means[3]);
           }
         }
       }
@@ -341,7 +359,8 @@ class PageKMeans {
         for (int t = 0; t < 2; ++t) {
 #pragma unroll
           for (int u = 0; u < 2; ++u) {
-            const float dot = dots[t][j][2 * u + e] + dots[t][j + kMeanTiles][2 * u + e];
+            float dot = dots[t][j][2 * u + e];
+            if constexpr (kSums > kMeanTiles) dot += dots[t][j + kMeanTiles][2 * u + e];
             const float similarity = dot * inverse;
             if (similarity > best[t][u].similarity) best[t][u] = {similarity, cluster};
           }
@@ -361,8 +380,11 @@ class PageKMeans {
     const int row = 32 * warp_ + 16 * (quad_ / 2) + 8 * (quad_ % 2) + group_;
     const bool has_label = row >= num_sinks_;
     s_.labels[label_slot(row)] = __int2half_rn(has_label ? label : -1);
-    const uint32_t members = lanes_with<kNumClusters>(label, has_label, lane_);
-    if (lane_ < kNumClusters) s_.counts[lane_][warp_] = __popc(members);
+#pragma unroll
+    for (int cluster = lane_; cluster < lane_ + kNumClusters; cluster += 32) {
+      const uint32_t members = lanes_with<kNumClusters>(label, has_label, cluster);
+      if (cluster < kNumClusters) s_.counts[cluster][warp_] = __popc(members);
+    }
     const bool changed = has_label && label != label_;
     label_ = label;
     return changed;
@@ -380,33 +402,28 @@ class PageKMeans {
   // 16 ct + 8 h + group, column 8 tile + 2 quad + e, at [ct][tile][2 h + e].
   __device__ __forceinline__ void sum_clusters(float (&sums)[kClusterTiles][kColTiles][4]) const {
     const int lane = recomputed(lane_);
-    float more[kClusterTiles][kColTiles][4] = {};  // for shorter chains of products
-#pragma unroll
-    for (int ct = 0; ct < kClusterTiles; ++ct) {
-#pragma unroll
-      for (int tile = 0; tile < kColTiles; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[ct][tile][i] = 0.0f;
-      }
-    }
-#pragma unroll 4
+    // Two sums of half the rows make shorter chains of products, where registers allow.
+    constexpr int kParts = kClusterTiles > 2 ? 1 : 2;
+    float parts[kParts][kClusterTiles][kColTiles][4] = {};
+#pragma unroll 2
     for (int begin = 0; begin < kPageRows; begin += 32) {
       // Labels of rows 2 quad, 2 quad + 1 of each 8 of these 32.
       const uint4 labels = *reinterpret_cast<const uint4*>(&s_.labels[begin + 8 * quad_]);
-      uint32_t members[2][kClusterTiles][4];
-#pragma unroll
-      for (int ct = 0; ct < kClusterTiles; ++ct) {
-        membership(members[0][ct], labels.x, labels.y, 16 * ct);
-        membership(members[1][ct], labels.z, labels.w, 16 * ct);
-      }
+      uint32_t rows[kColTiles][4];
 #pragma unroll
       for (int tile = 0; tile < kColTiles; ++tile) {
-        uint32_t rows[4];
-        ldmatrix_x4_trans(rows, address(s_.rows[chunk_at(begin + lane, warp_ * kColTiles + tile)]));
+        const int chunk = warp_ * kColTiles + tile;
+        ldmatrix_x4_trans(rows[tile], address(s_.rows[chunk_at(begin + lane, chunk)]));
+      }
 #pragma unroll
-        for (int ct = 0; ct < kClusterTiles; ++ct) {
-          mma_m16n8k16<T>(sums[ct][tile], members[0][ct], rows[0], rows[1]);
-          mma_m16n8k16<T>(more[ct][tile], members[1][ct], rows[2], rows[3]);
+      for (int ct = 0; ct < kClusterTiles; ++ct) {
+        uint32_t members[2][4];
+        membership(members[0], labels.x, labels.y, 16 * ct);
+        membership(members[1], labels.z, labels.w, 16 * ct);
+#pragma unroll
+        for (int tile = 0; tile < kColTiles; ++tile) {
+          mma_m16n8k16<T>(parts[0][ct][tile], members[0], rows[tile][0], rows[tile][1]);
+          mma_m16n8k16<T>(parts[kParts - 1][ct][tile], members[1], rows[tile][2], rows[tile][3]);
         }
       }
     }
@@ -415,7 +432,10 @@ class PageKMeans {
 #pragma unroll
       for (int tile = 0; tile < kColTiles; ++tile) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[ct][tile][i] += more[ct][tile][i];
+        for (int i = 0; i < 4; ++i) {
+          sums[ct][tile][i] = parts[0][ct][tile][i];
+          if constexpr (kParts > 1) sums[ct][tile][i] += parts[1][ct][tile][i];
+        }
       }
     }
   }
@@ -425,13 +445,9 @@ class PageKMeans {
                                              int first) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (8 * h < kNumClusters) {
-        const __half2 cluster = __half2half2(__int2half_rn(first + 8 * h + group_));
-        members[h] = equal(low, cluster);
-        members[h + 2] = equal(high, cluster);
-      } else {
-        members[h] = members[h + 2] = 0;
-      }
+      const __half2 cluster = __half2half2(__int2half_rn(first + 8 * h + group_));
+      members[h] = equal(low, cluster);
+      members[h + 2] = equal(high, cluster);
     }
   }
 
@@ -443,32 +459,41 @@ class PageKMeans {
   // Moves each mean to its keys; that of an empty cluster stays.
   __device__ void update() {
     float square[kClusterTiles][2] = {};
-    for_each_slab([&](int slab) {
-      if (!has_columns()) return;
-      float sums[kClusterTiles][kColTiles][4];
-      sum_clusters(sums);
-      for_each_cluster([&](int cluster, int ct, int h) {
-        const int rows = count(cluster);
-        if (rows == 0) return;
-        const float scale = __fdividef(kInverseOfTrue, static_cast<float>(rows));
-#pragma unroll
-        for (int tile = 0; tile < kColTiles; ++tile) {
-          const float x = sums[ct][tile][2 * h] * scale, y = sums[ct][tile][2 * h + 1] * scale;
-          const uint32_t rounded = pack<T>(x, y);
-          const float2 left = unpack<T>(rounded);
-          const int chunk = warp_ * kColTiles + tile;
-          word(slab, cluster, chunk) = rounded;
-          word(slab, kNumClusters + cluster, chunk) = pack<T>(x - left.x, y - left.y);
-          square[ct][h] += x * x + y * y;
-        }
-      });
-    });
+    for_each_slab([&](int slab) { average(slab, square); });
     if (!has_columns()) return;
     for_each_cluster([&](int cluster, int ct, int h) {
       float sum = square[ct][h];
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       if (quad_ == 0 && count(cluster) > 0) s_.squares[cluster][warp_] = sum;
+    });
+  }
+
+  // Means of the slab in shared memory, of clusters with rows. Adds this lane's part of their
+  // squares.
+  __device__ __forceinline__ void average(int slab, float (&square)[kClusterTiles][2]) {
+    if (!has_columns()) return;
+    float sums[kClusterTiles][kColTiles][4];
+    sum_clusters(sums);
+    for_each_cluster([&](int cluster, int ct, int h) {
+      const int rows = count(cluster);
+      if (rows == 0) return;
+      const float number = static_cast<float>(rows), inverse = __fdividef(1.0f, number);
+      // Exact where a quotient is: keys that are all the same have no deviation.
+      const auto divide = [&](float sum) {
+        const float quotient = sum * inverse;
+        return kInverseOfTrue * fmaf(fmaf(-quotient, number, sum), inverse, quotient);
+      };
+#pragma unroll
+      for (int tile = 0; tile < kColTiles; ++tile) {
+        const float x = divide(sums[ct][tile][2 * h]), y = divide(sums[ct][tile][2 * h + 1]);
+        const uint32_t rounded = pack<T>(x, y);
+        const float2 left = unpack<T>(rounded);
+        const int chunk = warp_ * kColTiles + tile;
+        word(slab, cluster, chunk) = rounded;
+        word(slab, kNumClusters + cluster, chunk) = pack<T>(x - left.x, y - left.y);
+        square[ct][h] += x * x + y * y;
+      }
     });
   }
 
@@ -479,7 +504,7 @@ class PageKMeans {
     for (int ct = 0; ct < kClusterTiles; ++ct) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if (16 * ct + 8 * h < kNumClusters) body(16 * ct + 8 * h + group_, ct, h);
+        body(16 * ct + 8 * h + group_, ct, h);
       }
     }
   }

@@ -66,13 +66,15 @@ __device__ __forceinline__ void mark_lines(const RecallParams& p, int req, int h
   const SemanticPages& pages = p.pages;
   const int32_t* places = p.rows.index_table + req * p.rows.index_table_stride;
   const uint8_t* selected = p.selected + (req * pages.num_kv_heads + head) * p.max_clusters;
-  const int16_t* cluster_ends = pages.cluster_ends + head * pages.ends_head_stride;
+  const uint8_t* cluster_ends =
+      pages.index + head * pages.index_head_stride + pages.fields.cluster_ends;
   const int log_clusters = 31 - __clz(static_cast<int>(pages.num_clusters));
   for (int i = threadIdx.x * 8; i < num_pages << log_clusters; i += kRecallThreads * 8) {
     const int page = i >> log_clusters, c = i & ((1 << log_clusters) - 1);
     const uint64_t taken = *reinterpret_cast<const uint64_t*>(selected + i);  // a byte a cluster
     if (taken == 0 || blocks[page] >= 0) continue;
-    const int16_t* of_page = cluster_ends + places[page] * pages.ends_block_stride;
+    const auto* of_page =
+        reinterpret_cast<const int16_t*>(cluster_ends + places[page] * pages.index_block_stride);
     alignas(16) int16_t ends[8];
     *reinterpret_cast<uint4*>(ends) = *reinterpret_cast<const uint4*>(of_page + c);
     int start = c > 0 ? of_page[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
@@ -134,7 +136,8 @@ __device__ __forceinline__ float selected_mass(const RecallParams& p, const Reca
   const int group = static_cast<int>(p.rows.num_heads / pages.num_kv_heads);
   const int32_t* places = p.rows.index_table + req * p.rows.index_table_stride;
   const uint8_t* selected = p.selected + (req * pages.num_kv_heads + head) * p.max_clusters;
-  const int16_t* cluster_ends = pages.cluster_ends + head * pages.ends_head_stride;
+  const uint8_t* cluster_ends =
+      pages.index + head * pages.index_head_stride + pages.fields.cluster_ends;
   const int log_clusters = 31 - __clz(static_cast<int>(pages.num_clusters));
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float mass = 0.0f;
@@ -143,7 +146,8 @@ __device__ __forceinline__ float selected_mass(const RecallParams& p, const Reca
     Weights own;
     for (int i = threadIdx.x * 8; i < num_pages << log_clusters; i += kRecallThreads * 8) {
       const int page = i >> log_clusters, c = i & ((1 << log_clusters) - 1);
-      const int16_t* of_page = cluster_ends + places[page] * pages.ends_block_stride;
+      const auto* of_page =
+          reinterpret_cast<const int16_t*>(cluster_ends + places[page] * pages.index_block_stride);
       int start = c > 0 ? of_page[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
       for (int k = 0; k < 8; ++k) {
         const int count = of_page[c + k] - start;

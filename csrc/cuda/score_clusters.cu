@@ -12,47 +12,41 @@ namespace {
 // are under way at once.
 constexpr int kBlocksPerMultiprocessor = 3;
 
-void score_clusters(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
-                    Tensor cluster_ends, Tensor codes, Tensor block_table, Tensor seq_lens,
-                    Tensor min_sparse_lens, double scale, int64_t num_sink_tokens, Tensor scores,
-                    Tensor estimates, Tensor tile_stats, OptionalTensor index_table) {
-  const ScoreClustersParams params = check_score_clusters(
-      query, kv_cache, centroids, spreads, cluster_ends, codes, block_table, seq_lens,
-      min_sparse_lens, scale, num_sink_tokens, scores, estimates, tile_stats, index_table);
+void score_clusters(Tensor query, Tensor kv_cache, Tensor index, Tensor block_table,
+                    Tensor seq_lens, Tensor min_sparse_lens, double scale, int64_t num_sink_tokens,
+                    Tensor scores, Tensor tile_stats, OptionalTensor index_table) {
+  const ScoreClustersParams params =
+      check_score_clusters(query, kv_cache, index, block_table, seq_lens, min_sparse_lens, scale,
+                           num_sink_tokens, scores, tile_stats, index_table);
   check_decode_shapes("score_clusters", params.pages, params.rows);
   check_aligned("score_clusters", "query", params.query,
                 {params.query_row_stride, params.query_head_stride});
-  check_codes_aligned("score_clusters", params.pages);
   check_aligned("score_clusters", "tile_stats", params.tile_stats, {}, 8);
-  for (const int64_t stride : {params.pages.centroid_block_stride, params.pages.spread_block_stride,
-                               params.pages.ends_block_stride, params.pages.codes_block_stride}) {
-    STD_TORCH_CHECK(stride <= INT32_MAX,
-                    "score_clusters: block strides must be below 2^31 on "
-                    "CUDA, got ",
-                    stride);
-  }
-  const int64_t max_tiles = num_tiles(params.max_clusters);
-  if (params.rows.num_reqs == 0 || max_tiles == 0) return;
+  const int64_t max_pages = params.rows.max_blocks;
+  if (params.rows.num_reqs == 0 || max_pages == 0) return;
   const LaunchContext context("score_clusters", kv_cache);
   const int64_t pairs = params.rows.num_reqs * params.pages.num_kv_heads;
   const int64_t most = context.num_multiprocessors() * kBlocksPerMultiprocessor / pairs;
-  // Equal shares: a block more on some of the warps would cost as much as on all.
-  const int64_t tiles_a_warp = divide_up(max_tiles, clamp(most, 1, max_tiles) * kScoreWarps);
-  const dim3 grid(static_cast<unsigned>(divide_up(max_tiles, tiles_a_warp * kScoreWarps)),
+  // Equal shares: a page more on some of the warps would cost as much as on all.
+  const int64_t pages_a_warp = divide_up(max_pages, clamp(most, 1, max_pages) * kScoreWarps);
+  const dim3 grid(static_cast<unsigned>(divide_up(max_pages, pages_a_warp * kScoreWarps)),
                   static_cast<unsigned>(params.pages.num_kv_heads),
                   static_cast<unsigned>(params.rows.num_reqs));
   dispatch_decode(
       kv_cache.scalar_type(), "score_clusters", params.pages, params.rows, [&](auto shape) {
         using S = decltype(shape);
-        using Shared = ScoreShared<typename S::T, S::kHeadSize, S::kHeadTiles>;
         const auto launch = [&](auto kernel) {
-          context.launch_pdl(kernel, grid, dim3(kScoreThreads),
-                             Shared::bytes(params.pages.num_clusters), params);
+          context.launch_pdl(kernel, grid, dim3(kScoreThreads), 0, params);
         };
-        if (params.pages.num_clusters == 8) {
-          launch(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles, true>);
-        } else {
-          launch(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles, false>);
+        switch (params.pages.num_clusters) {
+          case 16:
+            launch(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles, 1>);
+            break;
+          case 32:
+            launch(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles, 2>);
+            break;
+          default:
+            launch(score_clusters_kernel<typename S::T, S::kHeadSize, S::kHeadTiles, 4>);
         }
       });
 }

@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
-// Scores of clusters, by tensor cores: a warp takes 16 mean keys at a time (the rows
-// of a fragment) against the query heads of one KV head (its columns). A dot product
-// does not mind the order of its terms, so fragments are filled straight from 16-byte
-// loads: of each 32 elements, lane j of a quad holds 8 j to 8 j + 7.
+// Scores of clusters, by tensor cores: a warp takes a page, 16 mean keys at a time (the rows
+// of a fragment), against the query heads of one KV head (its columns). A dot product does not
+// mind the order of its terms, so fragments are filled straight from words of codes: of each 32
+// elements, lane j of a quad holds 8 j to 8 j + 7, which are a word.
+//
+// Codes are whole numbers and a half; what makes a key of them stays outside: deviations are in
+// the query's fragments, a page's own, and a step is a factor of its cluster's product.
+//
+// The base's logit, and the variance of a head's logits in a page, are the products of the
+// page's base with the query and of its profile with the query's squares, in every row of a
+// fragment: so they lie as scores do.
 //
 // While a tile's scores are in registers, their softmax sums cost little: tile_stats.
-//
-// The variance of a head's logits in a page is the product of the query's squares with
-// the page's profile: as many more tensor core products, of profiles for mean keys.
-//
-// Codes of keys (best_keys.cuh) come through shared memory, a tile ahead: in registers they
-// would cost a block of each multiprocessor.
 #pragma once
 
 #include "../params.h"
-#include "best_keys.cuh"
 #include "page_shape.h"
 #include "ptx.cuh"
+#include "short_means.cuh"
 
 namespace clusterkv::cuda {
 
@@ -48,17 +49,26 @@ __device__ __forceinline__ uint32_t square_pair<__half>(uint32_t query) {
   return reinterpret_cast<const uint32_t&>(squares);
 }
 
-// The query heads of a row and KV head, for every warp, and each warp's codes of keys: of
-// two tiles in turn, in whose pages num_clusters of 8 makes two.
+// The products of two elements of a query with two deviations, at most what fp16 has.
+template <typename T>
+__device__ __forceinline__ uint32_t asked_pair(uint32_t query, uint32_t deviations) {
+  return multiply_pairs<T>(query, deviations);
+}
+
+template <>
+__device__ __forceinline__ uint32_t asked_pair<__half>(uint32_t query, uint32_t deviations) {
+  const uint32_t product = multiply_pairs<__half>(query, deviations);
+  __half2 pair = reinterpret_cast<const __half2&>(product);
+  pair = __hmin2_nan(pair, __float2half2_rn(kLargestHalf));
+  pair = __hmax2_nan(pair, __float2half2_rn(-kLargestHalf));
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// The query heads of a row and KV head, for every warp. 16 bytes of padding:
+// eight heads' chunks are then in different banks.
 template <typename T, int kHeadSize, int kHeadTiles>
 struct ScoreShared {
-  SharedQuery<T, kHeadSize, kHeadTiles> query;
-  PageCodes<kHeadSize> codes[];
-
-  static constexpr size_t bytes(int64_t num_clusters) {
-    const size_t pages = kScoreWarps * 2 * (num_clusters == 8 ? 2 : 1);
-    return sizeof(ScoreShared) + pages * sizeof(PageCodes<kHeadSize>);
-  }
+  T query[8 * kHeadTiles][kHeadSize + 8];
 };
 
 // What the variance of its logits adds to a cluster's score. Not a number stays so.
@@ -67,51 +77,41 @@ __device__ __forceinline__ float spread_score(float variance) {
   return added > kSpreadMost ? kSpreadMost : added;
 }
 
-// Clusters of a row that is not dense, else 0.
-__device__ __forceinline__ int num_row_clusters(const SemanticPages& pages, const DecodeRows& rows,
-                                                int req) {
+// Indexed pages of a row that is not dense, else 0.
+__device__ __forceinline__ int num_row_pages(const DecodeRows& rows, int req) {
   const int seq_len = rows.seq_lens[req];
   if (is_dense(seq_len, rows.min_sparse_lens[req])) return 0;
-  const int num_pages = seq_len > 0 ? (seq_len - 1) / kPageRows : 0;
-  return num_pages * static_cast<int>(pages.num_clusters);
+  return seq_len > 0 ? (seq_len - 1) / kPageRows : 0;
 }
 
-// From block 0 to another's, in elements: launchers see that a stride fits 32 bits.
-__device__ __forceinline__ int64_t block_offset(int place, int64_t stride) {
-  return multiply_wide(place, static_cast<int>(stride));
-}
+// What a warp needs of a page, and has on its way while it is busy with the one before.
+template <int kHeadSize, int kPageTiles>
+struct PageLoads {
+  static constexpr int kSegments = kHeadSize / 32;
+  uint32_t words[kPageTiles][2][kSegments];  // codes of mean keys g and g + 8 of each tile
+  uint4 base[kSegments], deviations[kSegments], profile[kSegments];
+  // Of clusters 2 lane and 2 lane + 1, 16 bits each.
+  uint32_t ends, steps, radii;
+};
 
-// Scores the clusters of a row and KV head. Tiles of 16 are dealt to `num_workers`
-// warps, of which this one is `worker`. With kTwoPages pages have 8 clusters, and rows g + 8
-// of a tile's fragments are the second page's.
-template <typename T, int kHeadSize, int kHeadTiles, bool kTwoPages>
+// Scores the clusters of a row and KV head. Its pages are dealt to `num_workers` warps, of which
+// this one is `worker`.
+template <typename T, int kHeadSize, int kHeadTiles, int kPageTiles>
 __device__ __forceinline__ void score_row(ScoreShared<T, kHeadSize, kHeadTiles>& shared,
                                           const ScoreClustersParams& p, int req, int kv_head,
                                           int worker, int num_workers) {
-  constexpr int kSegments = kHeadSize / 32;
-  using Codes = PageCodes<kHeadSize>;
-  using Shared = ScoreShared<T, kHeadSize, kHeadTiles>;
+  using Loads = PageLoads<kHeadSize, kPageTiles>;
+  constexpr int kSegments = Loads::kSegments, kClusters = 16 * kPageTiles;
   const SemanticPages& pages = p.pages;
+  const IndexFields& fields = pages.fields;
   const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-  const int first = worker * 16, step = num_workers * 16;
   const int group = static_cast<int>(p.rows.num_heads) / static_cast<int>(pages.num_kv_heads);
-  const int num_clusters = static_cast<int>(pages.num_clusters);
-  const int log_clusters = 31 - __clz(num_clusters);
-  const bool has_half_page = num_clusters == 32;
   const int32_t* index_table = p.rows.index_table + req * p.rows.index_table_stride;
-  // A tile's pages' indexes. They are loaded before it is known where the row ends: what is
+  // Where pages' indexes are. They are looked up before it is known where the row ends: what is
   // behind that is not used.
   const int last_block = static_cast<int>(p.rows.max_blocks) - 1;
-  const auto load_places = [&](int tile, int (&places)[2]) {
-    places[0] = load_now(index_table + min(tile >> log_clusters, last_block));
-    places[1] = places[0];
-    if constexpr (kTwoPages) {
-      places[1] = load_now(index_table + min((tile + 8) >> log_clusters, last_block));
-    }
-  };
-  int places[2], next_places[2];
-  load_places(first, places);
-  load_places(first + step, next_places);
+  const auto look_up = [&](int page) { return load_now(index_table + min(page, last_block)); };
+  int place = look_up(worker), next_place = look_up(worker + num_workers);
   const T* queries = static_cast<const T*>(p.query) + req * p.query_row_stride +
                      kv_head * group * p.query_head_stride;
   constexpr int kQueryChunks = (kHeadTiles * kHeadSize + kScoreThreads - 1) / kScoreThreads;
@@ -126,213 +126,197 @@ __device__ __forceinline__ void score_row(ScoreShared<T, kHeadSize, kHeadTiles>&
           load_now(reinterpret_cast<const uint4*>(queries + head * p.query_head_stride + col));
     }
   }
-  const int end = num_row_clusters(pages, p.rows, req);
-  if (static_cast<int>(blockIdx.x) * kScoreWarps * 16 >= end) return;  // all warps of the block
-  // A row's last tile may have one page alone.
-  const auto check_second = [&](int tile) {
-    if (kTwoPages && tile + 8 >= end) places[1] = places[0];
+  const int num_pages = num_row_pages(p.rows, req);
+  if (static_cast<int>(blockIdx.x) * kScoreWarps >= num_pages) return;  // all warps of the block
+
+  const uint8_t* indexes = pages.index + kv_head * pages.index_head_stride;
+  const auto index_at = [&](int place) {
+    return indexes + multiply_wide(place, static_cast<int>(pages.index_block_stride));
   };
-  check_second(first);
-  if (first >= end) places[0] = places[1] = 0;
-  const T* centroids =
-      static_cast<const T*>(pages.centroids) + kv_head * pages.centroid_head_stride + j * 8;
-  const int row_stride = static_cast<int>(pages.centroid_row_stride);
-  const auto load_keys = [&](int tile, const int (&places)[2], uint4(&keys)[2][kSegments]) {
-    const int row = (tile & (num_clusters - 1)) + g;
-    const T* low =
-        centroids + block_offset(places[0], pages.centroid_block_stride) + row * row_stride;
-    const T* high = low + 8 * row_stride;
-    if constexpr (kTwoPages) {
-      high = centroids + block_offset(places[1], pages.centroid_block_stride) + row * row_stride;
+  Loads next;
+  const auto load_words_of = [&](const uint8_t* index, int tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      load_words(index + ((tile * 16 + i * 8 + g) * 4 + j) * kSegments * 4, next.words[tile][i]);
     }
+  };
+  const auto load_rest = [&](const uint8_t* index) {
 #pragma unroll
     for (int s = 0; s < kSegments; ++s) {
-      keys[0][s] = __ldg(reinterpret_cast<const uint4*>(low + s * 32));
-      keys[1][s] = __ldg(reinterpret_cast<const uint4*>(high + s * 32));
+      const auto load = [&](int64_t field) {
+        return __ldg(reinterpret_cast<const uint4*>(index + field) + j + s * 4);
+      };
+      next.base[s] = load(fields.key_base);
+      next.deviations[s] = load(fields.key_deviations);
+      next.profile[s] = load(fields.profile);
     }
+    const int pair = min(lane, kClusters / 2 - 1);
+    const auto load = [&](int64_t field) {
+      return __ldg(reinterpret_cast<const uint32_t*>(index + field) + pair);
+    };
+    next.ends = load(fields.cluster_ends);
+    next.steps = load(fields.key_steps);
+    next.radii = load(fields.radii);
   };
-  const T* spreads = static_cast<const T*>(pages.spreads) + kv_head * pages.spread_head_stride;
-  const auto load_profile = [&](int place, uint4(&profile)[kSegments]) {
-    const T* source = spreads + block_offset(place, pages.spread_block_stride) + j * 8;
+  if (worker < num_pages) {
+    const uint8_t* index = index_at(place);
+    load_rest(index);
 #pragma unroll
-    for (int s = 0; s < kSegments; ++s) {
-      profile[s] = __ldg(reinterpret_cast<const uint4*>(source + s * 32));
-    }
-  };
-  // Where a cluster ends and the one before it does, and its radius: of row g known to lanes
-  // of even j, of row g + 8 to the others.
-  struct Cluster {
-    int end, begin;
-    T radius;
-  };
-  const int own_row = g + j % 2 * 8;
-  const int16_t* cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;
-  const auto load_cluster = [&](int tile, const int (&places)[2], Cluster& loaded) {
-    const int cluster = tile + own_row, c = cluster & (num_clusters - 1);
-    const int place = j % 2 == 0 ? places[0] : places[1];
-    const int16_t* ends = cluster_ends + block_offset(place, pages.ends_block_stride) + c;
-    loaded.end = load_now(ends);
-    loaded.begin = cluster == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
-    if (c > 0) loaded.begin = load_now(ends - 1);
-    loaded.radius = spreads[block_offset(place, pages.spread_block_stride) + kHeadSize + c];
-  };
-  Codes* const codes = shared.codes + threadIdx.x / 32 * (kTwoPages ? 4 : 2);
-  const uint8_t* page_codes = pages.codes + kv_head * pages.codes_head_stride;
-  const auto fetch = [&](int tile, const int (&places)[2], int stage) {
-    const uint8_t* source = page_codes + block_offset(places[0], pages.codes_block_stride);
-    if constexpr (kTwoPages) {
-      fetch_codes(codes[2 * stage], source, true, false);
-      source = page_codes + block_offset(places[1], pages.codes_block_stride);
-      fetch_codes(codes[2 * stage + 1], source, true, false);
-    } else {
-      fetch_codes(codes[stage], source, !has_half_page, tile >> 4 & 1);
-    }
-    cp_async_commit();
-  };
-  uint4 next[2][kSegments], next_profile[kSegments];
-  Cluster next_cluster;
-  load_keys(first, places, next);
-  load_profile(places[0], next_profile);
-  load_cluster(first, places, next_cluster);
-  if (first < end) fetch(first, places, 0);
-  int second_page = places[1];
+    for (int tile = 0; tile < kPageTiles; ++tile) load_words_of(index, tile);
+  }
 
   // Behind the loads above, so that all are under way at once.
 #pragma unroll
   for (int i = 0; i < kQueryChunks; ++i) {
     const int chunk = i * kScoreThreads + threadIdx.x;
     const int head = chunk / (kHeadSize / 8), col = chunk % (kHeadSize / 8) * 8;
-    if (head < 8 * kHeadTiles) *reinterpret_cast<uint4*>(shared.query.at(head, col)) = loaded[i];
+    if (head < 8 * kHeadTiles) *reinterpret_cast<uint4*>(&shared.query[head][col]) = loaded[i];
   }
   __syncthreads();
   const auto load_query = [&](int head_tile, int segment) {
-    return *reinterpret_cast<const uint4*>(
-        shared.query.at(head_tile * 8 + g, j * 8 + segment * 32));
+    return *reinterpret_cast<const uint4*>(&shared.query[head_tile * 8 + g][j * 8 + segment * 32]);
   };
   const int64_t first_head = req * p.rows.num_heads + kv_head * group;
   float* scores = p.scores + first_head * p.max_clusters;
-  float* estimates = p.estimates + first_head * p.max_clusters;
   const uint32_t max_tiles = static_cast<uint32_t>(num_tiles(p.max_clusters));
   float2* stats = reinterpret_cast<float2*>(p.tile_stats) + first_head * max_tiles;
 
-  for (int tile = first, stage = 0; tile < end; tile += step, stage ^= 1) {
-    uint4 keys[2][kSegments];
+  for (int page = worker; page < num_pages; page += num_workers) {
+    // The page's own queries, and what its clusters have in common.
+    uint32_t asked[kHeadTiles][kSegments][4];
+    float of_base[kHeadTiles][4] = {}, variances[kHeadTiles][4] = {};
 #pragma unroll
     for (int s = 0; s < kSegments; ++s) {
-      keys[0][s] = next[0][s];
-      keys[1][s] = next[1][s];
-    }
-    // None beyond the row.
-    const int count = tile + own_row < end ? next_cluster.end - next_cluster.begin : 0;
-    const float radius = static_cast<float>(next_cluster.radius) * (p.scale / kSquareScale<T>);
-    // Rows g of the fragment are the profile of the first 8 clusters' page, all the same,
-    // and rows g + 8 that of the others': variances lie as scores do.
-    float variances[kHeadTiles][4] = {};
-    uint4 profile[kSegments];
-    if constexpr (kTwoPages) load_profile(second_page, profile);
-#pragma unroll
-    for (int s = 0; s < kSegments; ++s) {
-      const uint4 first_page = next_profile[s], page = kTwoPages ? profile[s] : first_page;
-      const uint32_t low[4] = {first_page.x, page.x, first_page.y, page.y};
-      const uint32_t high[4] = {first_page.z, page.z, first_page.w, page.w};
-#pragma unroll
-      for (int t = 0; t < kHeadTiles; ++t) {
-        const uint4 squares = load_query(t, s);
-        mma_m16n8k16<T>(variances[t], low, square_pair<T>(squares.x), square_pair<T>(squares.y));
-        mma_m16n8k16<T>(variances[t], high, square_pair<T>(squares.z), square_pair<T>(squares.w));
-      }
-    }
-    const bool has_next = tile + step < end;
-    if (has_next) {
-      places[0] = next_places[0];
-      places[1] = next_places[1];
-      check_second(tile + step);
-      load_profile(places[0], next_profile);
-      load_keys(tile + step, places, next);
-      load_cluster(tile + step, places, next_cluster);
-      __syncwarp();  // all are done with the stage
-      fetch(tile + step, places, stage ^ 1);
-      second_page = places[1];
-      load_places(tile + 2 * step, next_places);
-    }
-    float acc[kHeadTiles][4] = {};
-#pragma unroll
-    for (int s = 0; s < kSegments; ++s) {
-      const uint32_t low[4] = {keys[0][s].x, keys[1][s].x, keys[0][s].y, keys[1][s].y};
-      const uint32_t high[4] = {keys[0][s].z, keys[1][s].z, keys[0][s].w, keys[1][s].w};
+      const uint4 base = next.base[s], deviations = next.deviations[s], profile = next.profile[s];
+      const uint32_t base_low[4] = {base.x, base.x, base.y, base.y};
+      const uint32_t base_high[4] = {base.z, base.z, base.w, base.w};
+      const uint32_t profile_low[4] = {profile.x, profile.x, profile.y, profile.y};
+      const uint32_t profile_high[4] = {profile.z, profile.z, profile.w, profile.w};
 #pragma unroll
       for (int t = 0; t < kHeadTiles; ++t) {
         const uint4 query = load_query(t, s);
-        mma_m16n8k16<T>(acc[t], low, query.x, query.y);
-        mma_m16n8k16<T>(acc[t], high, query.z, query.w);
+        asked[t][s][0] = asked_pair<T>(query.x, deviations.x);
+        asked[t][s][1] = asked_pair<T>(query.y, deviations.y);
+        asked[t][s][2] = asked_pair<T>(query.z, deviations.z);
+        asked[t][s][3] = asked_pair<T>(query.w, deviations.w);
+        mma_m16n8k16<T>(of_base[t], base_low, query.x, query.y);
+        mma_m16n8k16<T>(of_base[t], base_high, query.z, query.w);
+        mma_m16n8k16<T>(variances[t], profile_low, square_pair<T>(query.x),
+                        square_pair<T>(query.y));
+        mma_m16n8k16<T>(variances[t], profile_high, square_pair<T>(query.z),
+                        square_pair<T>(query.w));
       }
     }
-    const int other_count = __shfl_xor_sync(~0u, count, 1);
-    const int counts[2] = {j % 2 == 0 ? count : other_count, j % 2 == 0 ? other_count : count};
-    const float other_radius = __shfl_xor_sync(~0u, radius, 1);
-    const float radii[2] = {j % 2 == 0 ? radius : other_radius, j % 2 == 0 ? other_radius : radius};
-    const float log_counts[2] = {__logf(counts[0]), __logf(counts[1])};
-    if (has_next) {
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncwarp();
-    float best[kHeadTiles][4];
-    constexpr int kPagesOfTile = kTwoPages ? 2 : 1;
-#pragma unroll 1
-    for (int i = 0; i < kPagesOfTile; ++i) {
-      const Codes& page = codes[kPagesOfTile * stage + i];
-      uint32_t weights[kHeadTiles][Codes::kFours][2];
-      load_weights(page, shared.query, weights);
-      constexpr int kQuads = Codes::kWords / 4;
-      float products[kHeadTiles][4];
-      best_products<kHeadSize>(page, weights, has_half_page ? (tile >> 4 & 1) * (kQuads / 2) : 0,
-                               has_half_page ? kQuads / 2 : kQuads, products);
+    // Of this lane's two clusters: tokens, step, and what makes a variance of the page's.
+    const int previous_end = static_cast<int>(__shfl_up_sync(~0u, next.ends, 1) >> 16);
+    const int sinks = page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
+    const int middle = static_cast<int>(next.ends & 0xffff),
+              end = static_cast<int>(next.ends >> 16);
+    const int own_counts = (middle - (lane == 0 ? sinks : previous_end)) | (end - middle) << 16;
+    const uint32_t own_steps = next.steps, own_radii = next.radii;
+
+    const bool has_next = page + num_workers < num_pages;
+    const uint8_t* next_index = index_at(next_place);
+    next_place = look_up(page + 2 * num_workers);  // at the loop's end, it takes more registers
+    if (has_next) load_rest(next_index);
+    // All tiles side by side: their products, and then their sums, do not wait for each other.
+    float acc[kPageTiles][kHeadTiles][4] = {};
 #pragma unroll
-      for (int t = 0; t < kHeadTiles; ++t) {
+    for (int s = 0; s < kSegments; ++s) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float low = products[t][h], high = products[t][h + 2];
-          // A page of 8 clusters fills all columns.
-          const float most = kTwoPages ? fmaxf(low, high) : low;
-          if (i == 0) best[t][h] = most;
-          best[t][h + 2] = kTwoPages ? most : high;
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int tile = 0; tile < kPageTiles; ++tile) {
+          uint32_t keys[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            keys[i] = code_pair<T>(next.words[tile][i % 2][s], 2 * h + i / 2);
+          }
+#pragma unroll
+          for (int t = 0; t < kHeadTiles; ++t) {
+            mma_m16n8k16<T>(acc[tile][t], keys, asked[t][s][2 * h], asked[t][s][2 * h + 1]);
+          }
         }
       }
     }
-    constexpr float kBestScale = kSquareScale<T> * kCodeStep;
+    if (has_next) {
+#pragma unroll
+      for (int tile = 0; tile < kPageTiles; ++tile) load_words_of(next_index, tile);
+    }
+    int counts[kPageTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kPageTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int owner = tile * 8 + i * 4 + g / 2;
+        const auto own = [&](uint32_t pair) {
+          const uint32_t both = __shfl_sync(~0u, pair, owner);
+          return g % 2 == 0 ? both & 0xffff : both >> 16;
+        };
+        counts[tile][i] = static_cast<int>(own(own_counts));
+        // Codes come twice as large.
+        const float step = 0.5f * p.scale * unpack<T>(own(own_steps)).x;
+        const float radius = unpack<T>(own(own_radii)).x * (p.scale / kSquareScale<T>);
+#pragma unroll
+        for (int t = 0; t < kHeadTiles; ++t) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& score = acc[tile][t][2 * i + h];
+            score = p.scale * of_base[t][h] + step * score +
+                    spread_score(variances[t][h] * (radius * radius));
+          }
+        }
+      }
+    }
+    const int first = page * kClusters;
 #pragma unroll
     for (int t = 0; t < kHeadTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int head = t * 8 + j * 2 + i % 2, cluster = tile + g + i / 2 * 8;
-        const float of_mean = acc[t][i] * p.scale;
-        acc[t][i] = of_mean + spread_score(variances[t][i] * (radii[i / 2] * radii[i / 2]));
-        const float of_best =
-            of_mean + best[t][i] * (radii[i / 2] * kBestScale) - log_counts[i / 2];
-        if (counts[i / 2] > 0) acc[t][i] = fmaxf(acc[t][i], of_best);
-        if (head < group && cluster < end) {
-          scores[head * p.max_clusters + cluster] = acc[t][i];
-          estimates[head * p.max_clusters + cluster] = fminf(acc[t][i], of_mean + kSpreadMost);
+      for (int h = 0; h < 2; ++h) {
+        const int head = t * 8 + j * 2 + h;
+        float max[kPageTiles], sum[kPageTiles];
+#pragma unroll
+        for (int tile = 0; tile < kPageTiles; ++tile) {
+          const float low = acc[tile][t][h], high = acc[tile][t][h + 2];
+          if (head < group) {
+            float* const of_tile = scores + head * p.max_clusters + first + tile * 16 + g;
+            of_tile[0] = low;
+            of_tile[8] = high;
+          }
+          max[tile] = counts[tile][0] > 0 ? low : -INFINITY;
+          if (counts[tile][1] > 0) max[tile] = fmaxf(max[tile], high);
         }
-      }
-      // Max and sum of a head: its scores are in the lanes of equal j.
+        // A head's scores are in the lanes of equal j.
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int head = t * 8 + j * 2 + i;
-        float max = counts[0] > 0 ? acc[t][i] : -INFINITY;
-        if (counts[1] > 0) max = fmaxf(max, acc[t][i + 2]);
+        for (int d = 4; d < 32; d *= 2) {
 #pragma unroll
-        for (int d = 4; d < 32; d *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, d));
-        const float origin = max == -INFINITY ? 0.0f : max;
-        float sum = 0.0f;
-        if (counts[0] > 0) sum += counts[0] * fast_exp2((acc[t][i] - origin) * kLog2e);
-        if (counts[1] > 0) sum += counts[1] * fast_exp2((acc[t][i + 2] - origin) * kLog2e);
+          for (int tile = 0; tile < kPageTiles; ++tile) {
+            max[tile] = fmaxf(max[tile], __shfl_xor_sync(~0u, max[tile], d));
+          }
+        }
 #pragma unroll
-        for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+        for (int tile = 0; tile < kPageTiles; ++tile) {
+          const float origin = max[tile] == -INFINITY ? 0.0f : max[tile];
+          sum[tile] = 0.0f;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (counts[tile][i] > 0) {
+              sum[tile] += counts[tile][i] * fast_exp2((acc[tile][t][h + 2 * i] - origin) * kLog2e);
+            }
+          }
+        }
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) {
+#pragma unroll
+          for (int tile = 0; tile < kPageTiles; ++tile) {
+            sum[tile] += __shfl_xor_sync(~0u, sum[tile], d);
+          }
+        }
         if (g == 0 && head < group) {
-          stats[head * max_tiles + tile / 16] = float2{max, sum};
+#pragma unroll
+          for (int tile = 0; tile < kPageTiles; ++tile) {
+            stats[head * max_tiles + page * kPageTiles + tile] = float2{max[tile], sum[tile]};
+          }
         }
       }
     }
@@ -346,16 +330,16 @@ constexpr int score_blocks(int head_size, int head_tiles) {
 
 // Grid: [blocks a row and head, num_kv_heads, num_reqs]. kHeadTiles: query heads a KV
 // head / 8, up.
-template <typename T, int kHeadSize, int kHeadTiles, bool kTwoPages>
+template <typename T, int kHeadSize, int kHeadTiles, int kPageTiles>
 __global__ void __launch_bounds__(kScoreThreads, score_blocks(kHeadSize, kHeadTiles))
     score_clusters_kernel(const ScoreClustersParams p) {
+  __shared__ __align__(16) ScoreShared<T, kHeadSize, kHeadTiles> shared;
   // The kernel before may be anyone's, and may write what is read first.
   wait_for_previous_kernel();
   start_next_kernel();
-  extern __shared__ uint4 shared_bytes[];
-  score_row<T, kHeadSize, kHeadTiles, kTwoPages>(
-      *reinterpret_cast<ScoreShared<T, kHeadSize, kHeadTiles>*>(shared_bytes), p, blockIdx.z,
-      blockIdx.y, blockIdx.x * kScoreWarps + threadIdx.x / 32, gridDim.x * kScoreWarps);
+  score_row<T, kHeadSize, kHeadTiles, kPageTiles>(shared, p, blockIdx.z, blockIdx.y,
+                                                  blockIdx.x * kScoreWarps + threadIdx.x / 32,
+                                                  gridDim.x * kScoreWarps);
 }
 
 }  // namespace clusterkv::cuda

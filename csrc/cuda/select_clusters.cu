@@ -15,16 +15,16 @@ __global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)
   select_clusters_of_row<kThreads>(p, shared);
 }
 
-void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor centroids,
-                     Tensor spreads, Tensor cluster_ends, Tensor block_table, Tensor seq_lens,
-                     Tensor min_sparse_lens, int64_t num_sink_tokens, int64_t token_budget,
-                     Tensor selected, Tensor num_attended, OptionalTensor index_table) {
+void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor index,
+                     Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
+                     int64_t num_sink_tokens, int64_t token_budget, Tensor selected,
+                     Tensor num_attended, OptionalTensor index_table) {
   const SelectClustersParams params = check_select_clusters(
-      scores, tile_stats, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
-      min_sparse_lens, num_sink_tokens, token_budget, selected, num_attended, index_table);
+      scores, tile_stats, kv_cache, index, block_table, seq_lens, min_sparse_lens, num_sink_tokens,
+      token_budget, selected, num_attended, index_table);
   check_decode_shapes("select_clusters", params.pages, params.rows);
-  STD_TORCH_CHECK(params.rows.max_blocks * params.pages.block_size < int64_t{1} << 31,
-                  "select_clusters: a row must have fewer than 2^31 tokens on CUDA, got a block "
+  STD_TORCH_CHECK(params.rows.max_blocks * params.pages.block_size < int64_t{1} << 30,
+                  "select_clusters: a row must have fewer than 2^30 tokens on CUDA, got a block "
                   "table of ",
                   params.rows.max_blocks, " pages");
   STD_TORCH_CHECK(token_budget < int64_t{1} << 31,

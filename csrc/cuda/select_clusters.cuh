@@ -44,14 +44,15 @@ struct SelectShared {
 // One row and KV head.
 struct SelectRow {
   const float* scores;  // [group, max_clusters]
-  // Unsigned: group * max_clusters is below 2^32, since a row has fewer than 2^31 tokens.
+  // Unsigned: group * max_clusters is below 2^32, since a row has fewer than 2^30 tokens, and no
+  // more than a cluster for 4.
   uint32_t max_clusters;
   const float2* tile_stats;  // [group, max_tiles]
   int max_tiles;
   int group;
   int num_clusters;
-  const int16_t* cluster_ends;  // of this KV head
-  int64_t ends_block_stride;
+  const uint8_t* cluster_ends;  // of this KV head, of the page at place 0
+  int64_t index_block_stride;
   const int32_t* index_table;
   int log_clusters;
   int num_sink_tokens;
@@ -142,9 +143,9 @@ struct Selection {
       const int c = cluster(chunk, k);
       ends[k] = uint2{0, 0};
       if (c < row.num_clusters) {
-        ends[k] = *reinterpret_cast<const uint2*>(row.cluster_ends +
-                                                  int64_t{places[k]} * row.ends_block_stride +
-                                                  (c & ((1 << row.log_clusters) - 1)));
+        const uint8_t* of_page = row.cluster_ends + int64_t{places[k]} * row.index_block_stride;
+        ends[k] =
+            *reinterpret_cast<const uint2*>(of_page + (c & ((1 << row.log_clusters) - 1)) * 2);
       }
     }
 #pragma unroll
@@ -297,21 +298,25 @@ struct Selection {
 
     wait_for_previous_kernel();  // for the scores
     if constexpr (kOneChunk) {
-      // A set of heads' scores are all on their way before the first use, and before the
-      // next kernel keeps the memory busy.
+      // A set of heads' scores of two runs are all on their way before the first use, and before
+      // the next kernel keeps the memory busy.
+      constexpr int kAtOnce = kGroups < 2 ? kGroups : 2;
       float weights[kGroups][kRun] = {};
-      for (int first = 0; first < row.group; first += kHeadsAtOnce) {
-        float4 scores[kGroups][kHeadsAtOnce];
 #pragma unroll
-        for (int k = 0; k < kGroups; ++k) load_scores(0, first, k, scores[k]);
-        if (first == 0) {
-          start_next_kernel();
-          load_sums();
-          __syncthreads();
-          find_sums();
+      for (int begin = 0; begin < kGroups; begin += kAtOnce) {
+        for (int first = 0; first < row.group; first += kHeadsAtOnce) {
+          float4 scores[kAtOnce][kHeadsAtOnce];
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) load_scores(0, first, begin + k, scores[k]);
+          if (begin == 0 && first == 0) {
+            start_next_kernel();
+            load_sums();
+            __syncthreads();
+            find_sums();
+          }
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) add_weights(first, scores[k], weights[begin + k]);
         }
-#pragma unroll
-        for (int k = 0; k < kGroups; ++k) add_weights(first, scores[k], weights[k]);
       }
 #pragma unroll
       for (int k = 0; k < kGroups; ++k) set_keys(k, weights[k]);
@@ -464,8 +469,8 @@ __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParam
   row.max_tiles = static_cast<int>(num_tiles(p.max_clusters));
   row.tile_stats = reinterpret_cast<const float2*>(p.tile_stats) + first_head * row.max_tiles;
   row.num_clusters = num_pages * static_cast<int>(pages.num_clusters);
-  row.cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;
-  row.ends_block_stride = pages.ends_block_stride;
+  row.cluster_ends = pages.index + kv_head * pages.index_head_stride + pages.fields.cluster_ends;
+  row.index_block_stride = pages.index_block_stride;
   row.index_table = p.rows.index_table + req * p.rows.index_table_stride;
   row.log_clusters = 31 - __clz(static_cast<int>(pages.num_clusters));
   row.num_sink_tokens = sinks;
@@ -483,6 +488,8 @@ __device__ __forceinline__ void select_clusters_of_row(const SelectClustersParam
     Selection<kThreads, 1, true>(row, shared).run(selected, num_attended);
   } else if (row.num_clusters <= Selection<kThreads, 2, true>::kChunk) {
     Selection<kThreads, 2, true>(row, shared).run(selected, num_attended);
+  } else if (kThreads < kManyThreads && row.num_clusters <= Selection<kThreads, 4, true>::kChunk) {
+    Selection<kThreads, 4, true>(row, shared).run(selected, num_attended);
   } else {
     Selection<kThreads, 1, false>(row, shared).run(selected, num_attended);
   }

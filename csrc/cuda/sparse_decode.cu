@@ -8,19 +8,18 @@
 namespace clusterkv::cuda {
 namespace {
 
-void sparse_decode(Tensor query, Tensor kv_cache, Tensor centroids, Tensor spreads,
-                   Tensor cluster_ends, Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
-                   Tensor estimates, Tensor selected, double scale, int64_t num_sink_tokens,
-                   bool tail_estimate, Tensor workspace, Tensor output, OptionalTensor index_table,
-                   OptionalTensor host_cache, OptionalTensor line_table) {
-  const SparseDecodeParams params =
-      check_sparse_decode(query, kv_cache, centroids, spreads, cluster_ends, block_table, seq_lens,
-                          min_sparse_lens, estimates, selected, scale, num_sink_tokens,
-                          tail_estimate, workspace, output, index_table, host_cache, line_table);
+void sparse_decode(Tensor query, Tensor kv_cache, Tensor index, Tensor block_table, Tensor seq_lens,
+                   Tensor min_sparse_lens, Tensor scores, Tensor selected, double scale,
+                   int64_t num_sink_tokens, bool tail_estimate, Tensor workspace, Tensor output,
+                   OptionalTensor index_table, OptionalTensor host_cache,
+                   OptionalTensor line_table) {
+  const SparseDecodeParams params = check_sparse_decode(
+      query, kv_cache, index, block_table, seq_lens, min_sparse_lens, scores, selected, scale,
+      num_sink_tokens, tail_estimate, workspace, output, index_table, host_cache, line_table);
   check_decode_shapes("sparse_decode", params.pages, params.rows);
   check_aligned("sparse_decode", "query", params.query,
                 {params.query_row_stride, params.query_head_stride});
-  check_aligned("sparse_decode", "selected", params.selected, {}, 8);
+  check_aligned("sparse_decode", "selected", params.selected, {}, 4);
   check_aligned("sparse_decode", "workspace", params.workspace, {}, 8);
   if (params.rows.num_reqs == 0) return;
   const LaunchContext context("sparse_decode", kv_cache);

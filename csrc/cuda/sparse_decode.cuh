@@ -8,9 +8,9 @@
 // A tile is one of
 //   dense rows      16 consecutive tokens of a row that is attended to densely
 //   exact rows      16 rows of a page: sinks, the tail page
-//   means           the mean values of 16 clusters, with logits score + log(count)
+//   means           the mean values of 16 clusters of a page, with logits score + log(count)
 //   selected rows   any 16 rows of selected clusters
-//   selected means  means of 16 selected clusters, with their weights negative
+//   selected means  means of any 16 selected clusters, with their weights negative
 //
 // Selecting clusters takes long next to attending to them, and few multiprocessors. So
 // all that does not need the selection is done while it runs: the means of all clusters
@@ -21,7 +21,7 @@
 //
 // Split s of a sparse row has pages s, s + num_splits, ... and every num_splits-th tile
 // of the sinks and the tail page. It takes the selected clusters of its pages in windows
-// of at most kWindowClusters clusters, a single one as a rule.
+// of at most kWindowPages pages, a single one as a rule.
 #pragma once
 
 #include "../params.h"
@@ -32,21 +32,35 @@
 
 namespace clusterkv::cuda {
 
-constexpr int kClustersAThread = 8;  // of one page: pages have 8, 16 or 32
+// A selected cluster of a window, in a word: its number in the window, its first row in the
+// page, and the rows of the selected clusters before.
+struct Entry {
+  static constexpr int kRowBits = 8, kBeforeBits = 13;
+  uint32_t bits;
+
+  __device__ Entry(uint32_t bits) : bits(bits) {}
+  __device__ Entry(int cluster, int first_row, int rows_before)
+      : bits(static_cast<uint32_t>(cluster) << (kRowBits + kBeforeBits) |
+             static_cast<uint32_t>(first_row) << kBeforeBits | static_cast<uint32_t>(rows_before)) {
+  }
+  __device__ int cluster() const { return static_cast<int>(bits >> (kRowBits + kBeforeBits)); }
+  __device__ int first_row() const { return static_cast<int>(bits >> kBeforeBits & 0xff); }
+  __device__ int rows_before() const { return static_cast<int>(bits & ((1 << kBeforeBits) - 1)); }
+};
 
 // What the threads of a block tell each other of a window.
 template <int kHeadSize>
 struct SparseShared {
   using Traits = DecodeTraits<kHeadSize>;
-  static constexpr int kWindowClusters = Traits::kThreads * kClustersAThread;
-  const void* pages[kWindowClusters / 8];     // the window's, of this KV head
-  const int32_t* lines[kWindowClusters / 8];  // their entries in line_table, or null
-  // The selected clusters: number in the window, page in the window * 256 + first row,
-  // and the rows of the selected clusters before.
-  uint16_t clusters[kWindowClusters];
-  uint16_t starts[kWindowClusters];
-  uint16_t rows_before[kWindowClusters + 1];
-  int places[kWindowClusters / 8];  // of the window's pages' indexes
+  static constexpr int kWindowPages = Traits::kThreads / 4;  // a quarter of a page a thread
+  static constexpr int kWindowClusters = kWindowPages * kMostClusters;
+  static_assert(kWindowPages * kPageRows <= 1 << Entry::kBeforeBits, "rows before fit an entry");
+  static_assert(kWindowClusters <= 1 << (32 - Entry::kRowBits - Entry::kBeforeBits),
+                "numbers of clusters fit an entry");
+  const void* pages[kWindowPages];     // the window's, of this KV head
+  const int32_t* lines[kWindowPages];  // their entries in line_table, or null
+  const uint8_t* indexes[kWindowPages];
+  uint32_t entries[kWindowClusters];  // the selected clusters'
   int warp_totals[Traits::kWarps];
 };
 
@@ -56,11 +70,10 @@ struct DecodeRow {
   const T* kv;           // of this KV head
   const T* host;         // likewise
   const int32_t* lines;  // likewise, or null
-  const T* mean_values;  // likewise
-  const int16_t* cluster_ends;
+  const uint8_t* index;  // likewise
   const int32_t* block_table;
   const int32_t* index_table;
-  const float* estimates;   // [group, max_clusters]
+  const float* scores;      // [group, max_clusters]
   const uint8_t* selected;  // [max_clusters]
   int seq_len;
   int num_pages;  // indexed
@@ -122,99 +135,89 @@ __device__ __forceinline__ float mean_logit(float score, int count) {
   return count > 0 ? __fmaf_rn(score, kLog2e, __log2f(static_cast<float>(count))) : -INFINITY;
 }
 
-// Attends to the means of a split's clusters. Its tiles are of values alone, so more of
-// them fit where the others' stages are.
+// What this thread needs of a tile of means: words of clusters 2 j and 2 j + 1, and of 8 + those;
+// steps, scores and ends of clusters g and g + 8.
+template <typename T, int kHeadSize, int kHeadTiles>
+struct MeansTile {
+  uint32_t words[2][kHeadSize / 32];
+  T steps[2];
+  float scores[kHeadTiles][4];
+  int ends[2], previous_ends[2];
+};
+
+// From the codes of a page's mean values to those of this lane's pair of clusters `pair` of a
+// tile of 16.
+template <int kHeadSize>
+__device__ __forceinline__ int pair_offset(int tile, int pair, int g) {
+  return ((tile * 8 + pair) * 8 + g) * (kHeadSize / 32) * 4;
+}
+
+// Attends to the means of a split's clusters. A tile's are on their way while the one before is
+// attended to, and the next one's index is looked up.
 template <typename T, int kHeadSize, int kHeadTiles>
 __device__ void attend_to_means(const SparseDecodeParams& p, const DecodeRow<T>& row,
                                 const SplitPages& pages,
                                 DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
-  using Traits = DecodeTraits<kHeadSize>;
-  constexpr int kStep = Traits::kWarps, kStages = Traits::kValueStages;
-  const int num_means = pages.size << pages.log_clusters;
-  const int num_tiles = (num_means + kTileRows - 1) / kTileRows;
+  using Tile = MeansTile<T, kHeadSize, kHeadTiles>;
+  constexpr int kStep = DecodeTraits<kHeadSize>::kWarps;
+  const int num_tiles = pages.size << pages.log_clusters >> 4;
   const int first_tile = threadIdx.x / 32;
   if (first_tile >= num_tiles) return;
+  const IndexFields& fields = p.pages.fields;
 
-  // Beyond the last tile, the last mean is looked up, and zeros are fetched: no branches.
-  struct Places {
-    int of[2];  // of the tile's first and last eight means
-  };
+  // Beyond the last tile, that is looked up and loaded again: no branches.
   const auto look_up = [&](int tile) {
-    Places places;
+    return row.index_table[pages.page(min(tile, num_tiles - 1) * kTileRows)];
+  };
+  const auto load = [&](int any_tile, int place, Tile& loaded) {
+    const int tile = min(any_tile, num_tiles - 1);
+    const int first = pages.in_page(tile * kTileRows);
+    const uint8_t* index = row.index + place * p.pages.index_block_stride;
+    const uint8_t* codes = index + fields.value_codes;
+    const T* steps = reinterpret_cast<const T*>(index + fields.value_steps);
+    const int16_t* ends = reinterpret_cast<const int16_t*>(index + fields.cluster_ends);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      places.of[i] = row.index_table[pages.page(min(tile * kTileRows + i * 8, num_means - 1))];
-    }
-    return places;
-  };
-  const auto load_values = [&](int tile, const Places& places, int stage) {
-    const int mean = tile * kTileRows + warp.lane;
-    const T* source =
-        row.mean_values +
-        int64_t{warp.lane < 8 ? places.of[0] : places.of[1]} * p.pages.centroid_block_stride +
-        pages.in_page(mean) * p.pages.centroid_row_stride;
-    const bool valid = warp.lane < kTileRows && mean < num_means;
-    warp.load_values(valid ? source : nullptr, stage * Traits::kValueStageBytes);
-    cp_async_commit();
-  };
-  // What the logits of means g and g + 8 are made of.
-  float estimates[kHeadTiles][4];
-  int ends[2], previous_ends[2];
-  const auto load_logits = [&](int tile, const Places& places) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int mean = min(tile * kTileRows + warp.g + i * 8, num_means - 1);
-      const int c = pages.in_page(mean);
-      const int16_t* of_page = row.cluster_ends + places.of[i] * p.pages.ends_block_stride;
-      ends[i] = of_page[c];
-      previous_ends[i] = of_page[max(c - 1, 0)];
+      load_words(codes + pair_offset<kHeadSize>(first / 16, warp.j + i * 4, warp.g),
+                 loaded.words[i]);
+      const int c = first + warp.g + i * 8;
+      loaded.steps[i] = __ldcg(steps + c);
+      loaded.ends[i] = __ldcg(ends + c);
+      loaded.previous_ends[i] = __ldcg(ends + max(c - 1, 0));
+      const float* scores = row.scores + pages.in_row(tile * kTileRows) + warp.g + i * 8;
 #pragma unroll
       for (int t = 0; t < kHeadTiles; ++t) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int head = min(t * 8 + warp.j * 2 + h, row.group - 1);
-          estimates[t][i * 2 + h] =
-              __ldcg(row.estimates + head * p.max_clusters + pages.in_row(mean));
+          loaded.scores[t][i * 2 + h] = __ldcg(scores + head * p.max_clusters);
         }
       }
     }
   };
 
-  Places places[kStages];  // of the next tiles
-#pragma unroll
-  for (int i = 0; i < kStages; ++i) places[i] = look_up(first_tile + i * kStep);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load_values(first_tile + i * kStep, places[i], i);
-  load_logits(first_tile, places[0]);
-  int stage = 0;
+  Tile next;
+  load(first_tile, look_up(first_tile), next);
+  int place = look_up(first_tile + kStep);
   for (int tile = first_tile; tile < num_tiles; tile += kStep) {
+    const Tile now = next;
+    load(tile + kStep, place, next);
+    place = look_up(tile + 2 * kStep);
     float logits[kHeadTiles][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int mean = tile * kTileRows + warp.g + i * 8;
       const int sinks = pages.page(mean) == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
-      const int start = pages.in_page(mean) > 0 ? previous_ends[i] : sinks;
-      const int count = mean < num_means ? ends[i] - start : 0;
+      const int count = now.ends[i] - (pages.in_page(mean) > 0 ? now.previous_ends[i] : sinks);
 #pragma unroll
       for (int t = 0; t < kHeadTiles; ++t) {
-        logits[t][i * 2] = mean_logit(estimates[t][i * 2], count);
-        logits[t][i * 2 + 1] = mean_logit(estimates[t][i * 2 + 1], count);
+        logits[t][i * 2] = mean_logit(now.scores[t][i * 2], count);
+        logits[t][i * 2 + 1] = mean_logit(now.scores[t][i * 2 + 1], count);
       }
     }
-    load_logits(tile + kStep, places[1]);
-    load_values(tile + (kStages - 1) * kStep, places[kStages - 1],
-                stage == 0 ? kStages - 1 : stage - 1);
-#pragma unroll
-    for (int i = 1; i < kStages; ++i) places[i - 1] = places[i];
-    places[kStages - 1] = look_up(tile + kStages * kStep);
-    cp_async_wait<kStages - 1>();
-    __syncwarp();
-    warp.attend_values(stage * Traits::kValueStageBytes, logits, 1.0f);
-    __syncwarp();
-    stage = stage == kStages - 1 ? 0 : stage + 1;
+    const float steps[2] = {static_cast<float>(now.steps[0]), static_cast<float>(now.steps[1])};
+    warp.attend_means(now.words, steps, logits, 1.0f);
   }
-  cp_async_wait<0>();  // the zeros beyond the last tile
-  __syncwarp();
 }
 
 // Attends to the sinks and the tail page.
@@ -248,29 +251,55 @@ __device__ void attend_to_ends(const SparseDecodeParams& p, const DecodeRow<T>& 
   }
 }
 
-// Eight consecutive clusters of one page, a thread's share of a window.
+// A quarter of a page's clusters, a thread's share of a window.
 struct WindowClusters {
-  alignas(16) uint16_t ends[8];  // as cluster_ends
-  int first;                     // in the row; -1 for none
-  int start;                     // first row in the page
-  int block;                     // the page's, or -1 - h
-  int place;                     // of its index
+  static constexpr int kMostRuns = kMostClusters / 16;
+  int first;              // in the row; -1 for none
+  int start;              // first row in the page
+  int num_runs;           // of four clusters
+  int block;              // the page's, or -1 - h
+  const uint8_t* index;   // the page's
+  uint2 ends[kMostRuns];  // as cluster_ends
 
   // Those of the window that begins with the split's page `window`.
   template <typename T>
   __device__ WindowClusters(const SparseDecodeParams& p, const DecodeRow<T>& row,
                             const SplitPages& pages, int window)
-      : first(-1), start(0), block(0), place(0) {
-    *reinterpret_cast<uint4*>(ends) = uint4{};
-    const int i = (window << pages.log_clusters) + static_cast<int>(threadIdx.x) * 8;
-    if (i < pages.size << pages.log_clusters) {
-      const int page = pages.page(i), c = pages.in_page(i);
+      : first(-1), start(0), num_runs(pages.num_clusters / 16), block(0), index(nullptr) {
+#pragma unroll
+    for (uint2& run : ends) run = uint2{};
+    const int thread = threadIdx.x, page_in_split = window + thread / 4;
+    if (page_in_split < pages.size) {
+      const int page = pages.split + page_in_split * pages.num_splits;
+      const int c = thread % 4 * num_runs * 4;
       block = row.block_table[page];
-      place = row.index_table[page];
-      const int16_t* of_page = row.cluster_ends + place * p.pages.ends_block_stride;
-      first = pages.in_row(i);
+      index = row.index + row.index_table[page] * p.pages.index_block_stride;
+      const int16_t* of_page =
+          reinterpret_cast<const int16_t*>(index + p.pages.fields.cluster_ends);
+      first = (page << pages.log_clusters) + c;
       start = c > 0 ? of_page[c - 1] : page == 0 ? static_cast<int>(p.num_sink_tokens) : 0;
-      *reinterpret_cast<uint4*>(ends) = *reinterpret_cast<const uint4*>(of_page + c);
+#pragma unroll
+      for (int run = 0; run < kMostRuns; ++run) {
+        if (run < num_runs) ends[run] = reinterpret_cast<const uint2*>(of_page + c)[run];
+      }
+    }
+  }
+
+  // Calls body(cluster of the share, first row, rows) for each cluster in `selected`, of whose
+  // runs each has a byte a cluster.
+  template <typename Body>
+  __device__ void for_each(const uint32_t (&selected)[kMostRuns], const Body& body) const {
+    int begin = start;
+#pragma unroll
+    for (int run = 0; run < kMostRuns; ++run) {
+      if (run >= num_runs) break;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t pair = i < 2 ? ends[run].x : ends[run].y;
+        const int end = static_cast<int16_t>(i % 2 == 0 ? pair & 0xffff : pair >> 16);
+        if (selected[run] >> (8 * i) & 1 && end > begin) body(run * 4 + i, begin, end - begin);
+        begin = end;
+      }
     }
   }
 };
@@ -280,28 +309,28 @@ template <typename T, int kHeadSize>
 __device__ int list_selected(const SemanticPages& pages, const DecodeRow<T>& row,
                              const WindowClusters& clusters, int log_clusters,
                              SparseShared<kHeadSize>& shared) {
-  const int thread = threadIdx.x, lane = thread % 32, warp_index = thread / 32;
-  if ((thread * 8 & ((1 << log_clusters) - 1)) == 0) {
-    const int page = thread * 8 >> log_clusters;
-    shared.places[page] = clusters.place;
-    const int64_t host_page = -1 - clusters.block;
+  const int thread = threadIdx.x, warp_index = thread / 32, lane = thread % 32;
+  if (clusters.first >= 0 && thread % 4 == 0) {
+    const int page = thread / 4;
+    const int64_t host_page = -1 - int64_t{clusters.block};
+    shared.indexes[page] = clusters.index;
     shared.pages[page] = clusters.block >= 0 ? row.kv + clusters.block * pages.kv_block_stride
                                              : row.host + host_page * pages.host_page_stride;
     shared.lines[page] = clusters.block >= 0 || row.lines == nullptr
                              ? nullptr
                              : row.lines + host_page * pages.num_kv_heads * kLinesAPage;
   }
-  uint64_t selected = 0;  // a byte a cluster
+  uint32_t selected[WindowClusters::kMostRuns] = {};
   if (clusters.first >= 0) {
-    selected = *reinterpret_cast<const uint64_t*>(row.selected + clusters.first);
-  }
-  int own = 0, start = clusters.start;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int count = clusters.ends[i] - start;
-    start = clusters.ends[i];
-    own += selected >> (8 * i) & 1 && count > 0 ? 1 << 16 | count : 0;
+    for (int run = 0; run < WindowClusters::kMostRuns; ++run) {
+      if (run < clusters.num_runs) {
+        selected[run] = reinterpret_cast<const uint32_t*>(row.selected + clusters.first)[run];
+      }
+    }
   }
+  int own = 0;
+  clusters.for_each(selected, [&](int, int, int rows) { own += 1 << 16 | rows; });
   int inclusive = own;
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) {
@@ -316,23 +345,77 @@ __device__ int list_selected(const SemanticPages& pages, const DecodeRow<T>& row
     if (w < warp_index) before += shared.warp_totals[w];
     total += shared.warp_totals[w];
   }
-  start = clusters.start;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int count = clusters.ends[i] - start;
-    if (selected >> (8 * i) & 1 && count > 0) {
-      const int entry = before >> 16;
-      shared.clusters[entry] = static_cast<uint16_t>(thread * 8 + i);
-      shared.starts[entry] =
-          static_cast<uint16_t>((thread * 8 >> log_clusters) * kPageRows + start);
-      shared.rows_before[entry] = static_cast<uint16_t>(before);
-      before += 1 << 16 | count;
-    }
-    start = clusters.ends[i];
-  }
-  if (thread == 0) shared.rows_before[total >> 16] = static_cast<uint16_t>(total);
+  const int first_cluster = thread / 4 << log_clusters | thread % 4 * clusters.num_runs * 4;
+  clusters.for_each(selected, [&](int i, int first_row, int rows) {
+    shared.entries[before >> 16] = Entry(first_cluster + i, first_row, before & 0xffff).bits;
+    before += 1 << 16 | rows;
+  });
   __syncthreads();
   return total;
+}
+
+// Takes the means of a window's selected clusters out again: in tiles of 16, dealt from the last
+// warp on, since the first ones have more tiles of rows.
+template <typename T, int kHeadSize, int kHeadTiles>
+__device__ void take_out_means(const SparseDecodeParams& p, const DecodeRow<T>& row,
+                               const SplitPages& pages, int window, int num_selected, int num_rows,
+                               const SparseShared<kHeadSize>& shared,
+                               DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
+  constexpr int kWarps = DecodeTraits<kHeadSize>::kWarps, kSegments = kHeadSize / 32;
+  const int num_tiles = (num_selected + kTileRows - 1) / kTileRows;
+  for (int tile = kWarps - 1 - static_cast<int>(threadIdx.x) / 32; tile < num_tiles;
+       tile += kWarps) {
+    const int first = tile * kTileRows;
+    // Behind the last entry, the last one again, with no weight.
+    const auto entry_at = [&](int i) { return Entry(shared.entries[min(i, num_selected - 1)]); };
+    uint32_t words[2][kSegments];
+    float steps[2], scores[kHeadTiles][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t pair[2][kSegments];
+      int halves[2];  // of the words: the lower or the upper
+      const auto index_of = [&](int cluster) {
+        return shared.indexes[cluster >> pages.log_clusters];
+      };
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int cluster = entry_at(first + i * 8 + warp.j * 2 + k).cluster();
+        const int c = pages.in_page(cluster);
+        load_words(index_of(cluster) + p.pages.fields.value_codes +
+                       pair_offset<kHeadSize>(c / 16, c % 16 / 2, warp.g),
+                   pair[k]);
+        halves[k] = c % 2;
+      }
+      const uint32_t order = (halves[0] ? 0x32u : 0x10u) | (halves[1] ? 0x7600u : 0x5400u);
+#pragma unroll
+      for (int q = 0; q < kSegments; ++q) words[i][q] = __byte_perm(pair[0][q], pair[1][q], order);
+      const int cluster = entry_at(first + i * 8 + warp.g).cluster();
+      const T* of_page = reinterpret_cast<const T*>(index_of(cluster) + p.pages.fields.value_steps);
+      steps[i] = static_cast<float>(__ldcg(of_page + pages.in_page(cluster)));
+      const float* of_cluster = row.scores + pages.in_row((window << pages.log_clusters) + cluster);
+#pragma unroll
+      for (int t = 0; t < kHeadTiles; ++t) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int head = min(t * 8 + warp.j * 2 + h, row.group - 1);
+          scores[t][i * 2 + h] = __ldcg(of_cluster + head * p.max_clusters);
+        }
+      }
+    }
+    float logits[kHeadTiles][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = first + i * 8 + warp.g;
+      const int end = at + 1 < num_selected ? entry_at(at + 1).rows_before() : num_rows;
+      const int count = at < num_selected ? end - entry_at(at).rows_before() : 0;
+#pragma unroll
+      for (int t = 0; t < kHeadTiles; ++t) {
+        logits[t][i * 2] = mean_logit(scores[t][i * 2], count);
+        logits[t][i * 2 + 1] = mean_logit(scores[t][i * 2 + 1], count);
+      }
+    }
+    warp.attend_means(words, steps, logits, -1.0f);
+  }
 }
 
 // Attends to the selected clusters' rows, and takes their means out. Waits for the
@@ -343,10 +426,10 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
                                    DecodeWarp<T, kHeadSize, kHeadTiles>& warp) {
   using Traits = DecodeTraits<kHeadSize>;
   constexpr int kStep = Traits::kWarps;
-  const int window_pages = SparseShared<kHeadSize>::kWindowClusters >> pages.log_clusters;
+  constexpr int kWindowPages = SparseShared<kHeadSize>::kWindowPages;
   const int lane = warp.lane;
 
-  for (int window = 0; window == 0 || window < pages.size; window += window_pages) {
+  for (int window = 0; window == 0 || window < pages.size; window += kWindowPages) {
     const WindowClusters clusters(p, row, pages, window);
     if (window == 0) {
       wait_for_previous_kernel();
@@ -354,22 +437,22 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
     }
     const int total = list_selected(p.pages, row, clusters, pages.log_clusters, shared);
     const int num_selected = total >> 16, num_rows = total & 0xffff;
-    const int first_cluster = window << pages.log_clusters;  // of the split
-    const int row_tiles = (num_rows + kTileRows - 1) / kTileRows;
-    const int mean_tiles = p.tail_estimate ? (num_selected + kTileRows - 1) / kTileRows : 0;
-    const int num_tiles = row_tiles + mean_tiles;
+    const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
 
     const auto row_of_lane = [&](int tile) -> const T* {
       const int i = tile * kTileRows + lane;
       if (lane >= kTileRows || i >= num_rows) return nullptr;
       int entry = 0;  // the last one with rows_before <= i
       for (int step = 1 << (31 - __clz(num_selected)); step > 0; step /= 2) {
-        if (entry + step < num_selected && shared.rows_before[entry + step] <= i) entry += step;
+        if (entry + step < num_selected && Entry(shared.entries[entry + step]).rows_before() <= i) {
+          entry += step;
+        }
       }
-      const int at = shared.starts[entry] + i - shared.rows_before[entry];
-      const auto* page = static_cast<const T*>(shared.pages[at / kPageRows]);
-      const int32_t* lines = shared.lines[at / kPageRows];
-      int page_row = at % kPageRows;
+      const Entry found(shared.entries[entry]);
+      const int page_in_window = found.cluster() >> pages.log_clusters;
+      const auto* page = static_cast<const T*>(shared.pages[page_in_window]);
+      const int32_t* lines = shared.lines[page_in_window];
+      int page_row = found.first_row() + i - found.rows_before();
       if (lines != nullptr) {
         const int hot = __ldcg(lines + page_row / kRowsALine);
         if (hot >= 0) {
@@ -379,69 +462,29 @@ __device__ void attend_to_selected(const SparseDecodeParams& p, const DecodeRow<
       }
       return page + page_row * p.pages.kv_row_stride;
     };
-    const auto mean_of_lane = [&](int tile) -> const T* {
-      const int entry = tile * kTileRows + lane;
-      if (lane >= kTileRows || entry >= num_selected) return nullptr;
-      const int cluster = shared.clusters[entry];
-      return row.mean_values +
-             int64_t{shared.places[cluster >> pages.log_clusters]} * p.pages.centroid_block_stride +
-             pages.in_page(cluster) * p.pages.centroid_row_stride;
-    };
     // One tile is attended to, one is on its way, of one more the rows are looked up.
     const T* source = nullptr;  // of this lane, in the tile to fetch next
     const auto look_up = [&](int tile) {
-      if (tile < num_tiles) {
-        source = tile < row_tiles ? row_of_lane(tile) : mean_of_lane(tile - row_tiles);
-      }
+      if (tile < num_tiles) source = row_of_lane(tile);
     };
-    float estimates[kHeadTiles][4];  // of rows g and g + 8, and this thread's heads
     const auto load = [&](int tile, int stage) {
-      if (tile < row_tiles) {
-        warp.load_tile(source, stage);
-      } else if (tile < num_tiles) {
-        warp.load_values(source, stage * Traits::kStageBytes);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int entry =
-              min((tile - row_tiles) * kTileRows + warp.g + i / 2 * 8, num_selected - 1);
-          const int cluster = pages.in_row(first_cluster + shared.clusters[entry]);
-#pragma unroll
-          for (int t = 0; t < kHeadTiles; ++t) {
-            const int head = min(t * 8 + warp.j * 2 + i % 2, row.group - 1);
-            estimates[t][i] = __ldcg(row.estimates + head * p.max_clusters + cluster);
-          }
-        }
-      }
+      if (tile < num_tiles) warp.load_tile(source, stage);
+      cp_async_commit();
     };
-
     const int first_tile = threadIdx.x / 32;
     look_up(first_tile);
     load(first_tile, 0);
-    cp_async_commit();
     look_up(first_tile + kStep);
+    if (p.tail_estimate)
+      take_out_means(p, row, pages, window, num_selected, num_rows, shared, warp);
     int stage = 0;
     for (int tile = first_tile; tile < num_tiles; tile += kStep) {
-      float logits[kHeadTiles][4];
-      if (tile >= row_tiles) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int entry = (tile - row_tiles) * kTileRows + warp.g + i / 2 * 8;
-          const int count =
-              entry < num_selected ? shared.rows_before[entry + 1] - shared.rows_before[entry] : 0;
-#pragma unroll
-          for (int t = 0; t < kHeadTiles; ++t) logits[t][i] = mean_logit(estimates[t][i], count);
-        }
-      }
       load(tile + kStep, stage ^ 1);
-      cp_async_commit();
       look_up(tile + 2 * kStep);
       warp.wait_tile();
-      if (tile < row_tiles) {
-        warp.score_tile(stage, num_rows - tile * kTileRows, p.scale, logits);
-        warp.attend_tile(stage, logits);
-      } else {
-        warp.attend_values(stage * Traits::kStageBytes, logits, -1.0f);
-      }
+      float logits[kHeadTiles][4];
+      warp.score_tile(stage, num_rows - tile * kTileRows, p.scale, logits);
+      warp.attend_tile(stage, logits);
       __syncwarp();
       stage ^= 1;
     }
@@ -464,12 +507,10 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
   row.kv = static_cast<const T*>(pages.kv_cache) + kv_head * pages.kv_head_stride;
   row.host = static_cast<const T*>(pages.host_cache) + kv_head * pages.host_head_stride;
   row.lines = pages.line_table == nullptr ? nullptr : pages.line_table + kv_head * kLinesAPage;
-  row.mean_values = static_cast<const T*>(pages.centroids) + kv_head * pages.centroid_head_stride +
-                    pages.centroid_value_offset;
-  row.cluster_ends = pages.cluster_ends + kv_head * pages.ends_head_stride;
+  row.index = pages.index + kv_head * pages.index_head_stride;
   row.block_table = p.rows.block_table + req * p.rows.block_table_stride;
   row.index_table = p.rows.index_table + req * p.rows.index_table_stride;
-  row.estimates = p.estimates + first_head * p.max_clusters;
+  row.scores = p.scores + first_head * p.max_clusters;
   row.selected = p.selected + (req * pages.num_kv_heads + kv_head) * p.max_clusters;
   row.seq_len = __ldcg(p.rows.seq_lens + req);
   row.num_pages = static_cast<int>(num_indexed_pages(row.seq_len, kPageRows));
@@ -492,6 +533,7 @@ __global__ void __launch_bounds__(DecodeTraits<kHeadSize>::kThreads)
     if (p.tail_estimate) attend_to_means(p, row, pages, warp);
     attend_to_ends(p, row, pages, warp);
     attend_to_selected(p, row, pages, shared, warp);
+    if (p.tail_estimate) warp.finish();
   } else {
     attend_densely(p, row, warp);
     wait_for_previous_kernel();

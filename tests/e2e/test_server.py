@@ -42,8 +42,8 @@ def client(server):
 def test_one_line_says_what_runs(server):
     [line] = re.findall(r"Using CLUSTERKV attention: .*", server.log.read_text())
     assert line == (
-        "Using CLUSTERKV attention: pages of 256 tokens, 16 tokens a cluster, budget "
-        "256 tokens with tail estimate, index overhead 8.3% of the KV cache."
+        "Using CLUSTERKV attention: pages of 256 tokens, 8 tokens a cluster, budget "
+        "256 tokens with tail estimate, index overhead 4.2% of the KV cache."
     )
 
 

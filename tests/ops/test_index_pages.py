@@ -15,15 +15,15 @@ import torch.nn.functional as F
 
 from tests.support import cases
 from tests.support.bad_arguments import (
-    CODES,
     PAGES,
     doubled,
     longer,
     rejected,
 )
 from tests.support.cases import IndexCase
-from tests.support.compare import assert_close, assert_same_bits
+from tests.support.compare import assert_same_bits
 from tests.support.inputs import Pages
+from tests.support.means import check_means
 from vllm_clusterkv import ops, reference
 from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
@@ -73,7 +73,7 @@ def run(case, rows, device, num_iters=8, module=ops):
     pages, blocks, sinks = place(case, rows)
     pages = pages.to(device)
     module.index_pages(
-        **pages.coded_args(),
+        **pages.args(),
         block_ids=blocks.to(device),
         num_sink_tokens=sinks.to(device),
         num_iters=num_iters,
@@ -106,22 +106,22 @@ def test_rows_are_permuted_and_described(case, make_rows, device):
         assert torch.equal(origin[:sinks], torch.arange(sinks))
         same_cluster = labels[1:] == labels[:-1]
         assert (origin[sinks:].diff()[same_cluster] > 0).all()
-        stored = torch.cat([*pages.centroids[blocks[page], head]], 1)  # mean K | V
-        members = F.one_hot(labels, len(stored)).T  # [num_clusters, num_rows]
-        counts = members.sum(1, keepdim=True).clamp(min=1)
-        means = members.float() @ rows[sinks:].float() / counts
-        assert_close(stored, means, means.to(case.dtype))
-        assert (stored[members.sum(1) == 0] == 0).all()
+        num_clusters = pages.layout.num_clusters
+        members = F.one_hot(labels, num_clusters).T.float()
+        block = int(blocks[page])
+        fields = pages.fields[block : block + 1, head : head + 1]
+        check_means(fields, members[None, None], rows[None, None, sinks:].float())
         keys = rows[sinks:, : case.head_size].float()
-        spread = reference.key_spread(keys, labels, len(stored))
+        profile, radii = reference.key_spread(keys, labels, num_clusters)
         # Kernels may take a variance as a difference of two squares.
-        cancelled = 1e-6 * (keys**2).mean() / spread[case.head_size :].square().mean()
-        torch.testing.assert_close(
-            pages.spreads[blocks[page], head].float(),
-            spread,
-            rtol=0.51 * torch.finfo(case.dtype).eps + 1e-5 + float(cancelled),
-            atol=1e-6,
-        )
+        cancelled = 1e-6 * (keys**2).mean() / radii.square().mean().clamp(min=1e-30)
+        for stored, spread in ((fields.profile, profile), (fields.radii, radii)):
+            torch.testing.assert_close(
+                stored[0, 0].float(),
+                spread,
+                rtol=0.51 * torch.finfo(case.dtype).eps + 1e-5 + float(cancelled),
+                atol=1e-6,
+            )
 
 
 @pytest.mark.parametrize("case", cases.INDEX, ids=str)
@@ -146,8 +146,6 @@ def test_separable_keys_are_sorted_as_the_reference_does(case, device):
     expected, _ = run(in_fp32, rows.float(), "cpu", module=reference)
     assert_same_bits(actual.kv_cache[blocks].float(), expected.kv_cache[blocks])
     assert_same_bits(actual.cluster_ends[blocks], expected.cluster_ends[blocks])
-    means = expected.centroids[blocks]
-    assert_close(actual.centroids[blocks], means, means.to(case.dtype))
 
 
 def test_fewer_directions_than_clusters(device):
@@ -234,10 +232,14 @@ def test_equal_keys_share_one_cluster(fill, device):
     starts = torch.cat([sinks.expand_as(ends[..., :1]), ends[..., :-1]], dim=-1)
     holds_all = ends > starts
     assert (holds_all.sum(-1) == 1).all()
-    mean_keys, mean_values = pages.centroids[blocks].unbind(2)
-    assert (mean_keys[holds_all] == before[0, 0, 0, 0]).all()
-    assert (mean_keys[~holds_all] == 0).all()
-    assert (mean_values[~holds_all] == 0).all()
+    fields = pages.fields[blocks]
+    means = fields.mean_keys()[holds_all]
+    # Kernels may multiply a sum by the inverse of its count.
+    torch.testing.assert_close(
+        means, torch.full_like(means, float(before[0, 0, 0, 0])), rtol=1e-6, atol=0
+    )
+    for steps in (fields.key_steps, fields.value_steps, fields.radii):
+        assert (steps[~holds_all] == 0).all()
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-60, 2.0**-13, 2.0**13, 2.0**50])
@@ -259,35 +261,41 @@ def test_the_profile_of_tiny_keys(device):
     rows = separable_rows(case)
     rows[..., : case.head_size] *= 2.0**-68
     actual, blocks = run(case, rows, device)
-    profile = actual.spreads[blocks][..., : case.head_size].float()
+    profile = actual.fields.profile[blocks].float()
     torch.testing.assert_close(
         profile.mean(-1), torch.ones_like(profile[..., 0]), atol=0.02, rtol=0
     )
 
 
 @pytest.mark.parametrize("dtype", [cases.BF16, cases.FP16], ids=str)
-def test_the_mean_of_equal_values_is_that_value(dtype, device):
+def test_the_base_of_equal_keys_is_that_key(dtype, device):
     """Sums of 256 equal 16-bit numbers are exact in fp32, for every finite number."""
     every = torch.arange(-(2**15), 2**15).short().view(dtype)
-    finite = every[every.isfinite() & (every.abs() < 2.0**100)]
+    finite = every[every.isfinite() & (every.abs() < 2.0**50)]
     if dtype == cases.BF16:
-        finite = finite[(finite.abs() >= 2.0**-100) | (finite == 0)]
+        finite = finite[(finite.abs() >= 2.0**-50) | (finite == 0)]
     head_size = 256
-    values = finite[: len(finite) // head_size * head_size].view(-1, 1, head_size)
+    keys = finite[: len(finite) // head_size * head_size].view(-1, 1, head_size)
     layout = PageLayout(1, head_size, 16, dtype)
     num_pages = 16  # of every 248 there are
     pages = Pages.poisoned(layout, num_pages)
-    values = values[:: len(values) // num_pages][:num_pages]
-    pages.kv_cache[:, 0] = torch.cat([torch.ones_like(values), values], 2)
+    keys = keys[:: len(keys) // num_pages][:num_pages]
+    pages.kv_cache[:, 0] = torch.cat([keys, torch.ones_like(keys)], 2)
     pages = pages.to(device)
     ops.index_pages(
-        **pages.coded_args(),
+        **pages.args(),
         block_ids=torch.arange(num_pages, device=device).int(),
         num_sink_tokens=torch.zeros(num_pages, device=device).int(),
         num_iters=1,
     )
-    means = pages.centroids[:, 0, 1, 0].cpu()
-    assert torch.equal(means, values[:, 0])
+    fields = pages.fields
+    assert torch.equal(fields.key_base[:, 0].cpu(), keys[:, 0])
+    assert (fields.key_deviations == 0).all() and (fields.key_steps == 0).all()
+    # The largest element of a mean value is 7.5 steps.
+    values = fields.mean_values().amax((2, 3)).cpu()
+    torch.testing.assert_close(
+        values, torch.ones_like(values), rtol=2 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 def test_skipped_and_missing_pages(device):
@@ -300,7 +308,7 @@ def test_skipped_and_missing_pages(device):
 
     def call(block_ids, sinks):
         ops.index_pages(
-            **pages.coded_args(),
+            **pages.args(),
             block_ids=torch.tensor(block_ids, dtype=torch.int32, device=device),
             num_sink_tokens=torch.tensor(sinks, dtype=torch.int32, device=device),
             num_iters=8,
@@ -341,7 +349,7 @@ def small_args():
     case = IndexCase()
     pages, block_ids, num_sink_tokens = place(case, random_rows(case))
     return {
-        **pages.coded_args(),
+        **pages.args(),
         "block_ids": block_ids,
         "num_sink_tokens": num_sink_tokens,
         "num_iters": 2,
@@ -352,7 +360,6 @@ def small_args():
     ("name", "spoil", "message"),
     [
         *PAGES,
-        *CODES,
         ("block_ids", lambda t: t[None], r"block_ids must have 1 dimensions, got 2"),
         ("block_ids", doubled, r"block_ids must have dtype Int, got Long"),
         ("block_ids", lambda t: t.repeat(2)[::2], r"block_ids must be contiguous"),

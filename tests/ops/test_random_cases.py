@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from tests.support.batched_reference import BatchedReference, cluster_keys
 from tests.support.compare import assert_same_bits
 from tests.support.inputs import UNTOUCHED
+from tests.support.means import check_means
 from tests.support.random_cases import draw_case, make_random_inputs
-from vllm_clusterkv import key_codes, ops
+from vllm_clusterkv import ops
 from vllm_clusterkv.page_layout import BLOCK_SIZE
 from vllm_clusterkv.reference import spread_rows
 
@@ -52,9 +53,9 @@ def check_case(case, seed, device) -> list[float]:
     looser_by = check_index(case, inputs.pages, block_ids, sinks)
     before = inputs.pages.buffer.clone()
     batch = BatchedReference(inputs)
-    scores, estimates, tile_stats = check_scores(inputs, batch)
+    scores, tile_stats = check_scores(inputs, batch)
     selected = check_selection(case, inputs, batch, scores, tile_stats)
-    check_decode(case, inputs, batch, estimates, selected)
+    check_decode(case, inputs, batch, scores, selected)
     assert torch.equal(inputs.pages.buffer, before)
     return looser_by
 
@@ -63,7 +64,7 @@ def check_index(case, pages, block_ids, sinks) -> list[float]:
     """Indexes the pages, and holds result against input."""
     before = pages.to(str(block_ids.device))
     ops.index_pages(
-        **pages.coded_args(),
+        **pages.args(),
         block_ids=block_ids,
         num_sink_tokens=sinks,
         num_iters=case.num_iters,
@@ -92,9 +93,9 @@ def check_index(case, pages, block_ids, sinks) -> list[float]:
 
     members = F.one_hot(labels, ends.shape[2]).mT.float()  # [P, H, C, 256]
     members *= ~is_sink[:, :, None]
-    check_means(pages.centroids[blocks], members, new.float())
-    check_spreads(pages.spreads[blocks], members, new[..., : case.head_size].float())
-    check_codes(case, pages, blocks, sinks, labels)
+    fields = pages.fields[blocks]
+    check_means(fields, members, new.float())
+    check_spreads(fields, members, new[..., : case.head_size].float())
     keys = old[..., : case.head_size].float()
     by_origin = torch.empty_like(labels).scatter(2, origin, labels)  # [P, H, 256]
     looser_by = []
@@ -120,34 +121,15 @@ def assert_only_listed_pages_are_written(before, after, blocks):
     assert torch.equal(old[:, used:], new[:, used:])
 
 
-def check_means(stored, members, rows):
-    """Means of K and V within half a unit in the last place, and fp32 sums.
-
-    Args:
-        stored: [P, H, 2, C, D].
-        members: [P, H, C, 256] fp32, 1 where a row is of a cluster.
-        rows: [P, H, 256, 2 * D] fp32.
-    """
-    counts = members.sum(3, keepdim=True).clamp(min=1)
-    means = members @ rows / counts
-    magnitudes = members @ rows.abs() / counts
-    actual = torch.cat(stored.unbind(2), 3).float()  # [P, H, C, 2 * D]
-    info = torch.finfo(stored.dtype)
-    bound = 0.51 * info.eps * means.abs() + 16 * FP32_EPS * magnitudes
-    bound += info.smallest_normal * info.eps
-    assert_within(actual, means, bound)
-    assert (actual[members.sum(3) == 0] == 0).all()
-
-
-def check_spreads(stored, members, keys):
+def check_spreads(fields, members, keys):
     """Profile and radii within half a unit in the last place, and fp32 sums.
 
     Args:
-        stored: [P, H, D + C].
+        fields: [P, H, ...].
         members: As ``check_means``.
         keys: [P, H, 256, D] fp32.
     """
-    head_size, info = keys.shape[3], torch.finfo(stored.dtype)
+    info = torch.finfo(fields.profile.dtype)
     counts = members.sum(3, keepdim=True).clamp(min=1)  # [P, H, C, 1]
     means = members @ keys / counts
     is_member = members.sum(2)[..., None]  # [P, H, 256, 1]
@@ -160,31 +142,14 @@ def check_spreads(stored, members, keys):
     bound = (0.51 * info.eps + 32 * FP32_EPS) * profile
     bound += (slack + profile * slack.mean(2, keepdim=True)) / mean
     bound += info.smallest_normal
-    assert_within(stored[..., :head_size].double(), profile, bound)
+    assert_within(fields.profile.double(), profile, bound)
     of_cluster = (members.double() @ squares / counts).mean(3)  # [P, H, C]
     slack = (members.double() @ lost / counts).mean(3)
     radii = of_cluster.sqrt()
     bound = (of_cluster + slack).sqrt() - radii
     bound += radii - (of_cluster - slack).clamp(min=0).sqrt()
     bound += (0.51 * info.eps + 8 * FP32_EPS) * (radii + bound) + info.smallest_normal
-    assert_within(stored[..., head_size:].double(), radii, bound)
-
-
-def check_codes(case, pages, blocks, sinks, labels):
-    """To the bit what the stored means and spreads make of the sorted rows.
-
-    Args:
-        labels: [P, H, 256].
-    """
-    for block, num_sinks, of_page in zip(blocks, sinks.tolist(), labels, strict=True):
-        for head in range(case.num_kv_heads):
-            expected = key_codes.encode(
-                pages.kv_cache[block, head, num_sinks:, : case.head_size].float(),
-                of_page[head, num_sinks:],
-                pages.centroids[block, head, 0],
-                pages.spreads[block, head],
-            )
-            assert_same_bits(pages.codes[block, head], expected)
+    assert_within(fields.radii.double(), radii, bound)
 
 
 def check_clusters(keys, labels, num_clusters, num_iters) -> list[float]:
@@ -223,20 +188,18 @@ def tightness(keys, labels, num_clusters) -> torch.Tensor:
     return torch.cosine_similarity(keys, own, dim=2).mean(1)
 
 
-def check_scores(inputs, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scores, estimates, tile_stats = inputs.score_all(ops)
-    *expected, bound = batch.scores()
+def check_scores(inputs, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    scores, tile_stats = inputs.score_all(ops)
+    expected, bound = batch.scores()
     live = batch.live[:, None].expand_as(scores)
-    for found, should_be in zip((scores, estimates), expected, strict=True):
-        assert_within(found[live], should_be[live], bound[live])
-        assert (found[~live] == float("inf")).all()
-    assert (estimates <= scores).all()
+    assert_within(scores[live], expected[live], bound[live])
+    assert (scores[~live] == float("inf")).all()
     by_reference = inputs.tile_stats(scores)
     assert_same_bits(tile_stats[..., 0], by_reference[..., 0])
     torch.testing.assert_close(
         tile_stats[..., 1], by_reference[..., 1], rtol=5e-6, atol=0, equal_nan=True
     )
-    return scores, estimates, tile_stats
+    return scores, tile_stats
 
 
 def assert_within(actual, expected, bound) -> None:
@@ -281,10 +244,10 @@ def check_selection(case, inputs, batch, scores, tile_stats) -> torch.Tensor:
     return selected
 
 
-def check_decode(case, inputs, batch, estimates, selected) -> None:
+def check_decode(case, inputs, batch, scores, selected) -> None:
     options = {"tail_estimate": case.tail_estimate, "num_splits": case.num_splits}
-    output = inputs.decode(ops, estimates, selected, **options)
-    expected, magnitude = batch.decode(estimates, selected, case.tail_estimate)
+    output = inputs.decode(ops, scores, selected, **options)
+    expected, magnitude = batch.decode(scores, selected, case.tail_estimate)
     # Kernels may round weights to the dtype, do round the output to it, and may take
     # subnormal fp32 for zero.
     info = torch.finfo(case.dtype)
@@ -292,4 +255,4 @@ def check_decode(case, inputs, batch, estimates, selected) -> None:
     bound += torch.finfo(torch.float32).smallest_normal
     assert_within(output.float(), expected, bound)
     assert (output[inputs.seq_lens == 0] == 0).all()
-    assert_same_bits(inputs.decode(ops, estimates, selected, **options), output)
+    assert_same_bits(inputs.decode(ops, scores, selected, **options), output)

@@ -25,8 +25,8 @@ from vllm_clusterkv.page_layout import COUNTERS, LINES_PER_PAGE, MASS_UNIT
 CASES = [
     cases.DecodeCase((2600, 1025, 513, 0, 257), token_budget=300),
     cases.DecodeCase((1537, 2100), cases.FP32, head_size=128, token_budget=10**6),
-    cases.DecodeCase((1800, 900), cases.FP16, tokens_per_cluster=8, token_budget=100),
-    cases.DecodeCase((1800, 900), group=7, tokens_per_cluster=32, num_sink_tokens=0),
+    cases.DecodeCase((1800, 900), cases.FP16, tokens_per_cluster=4, token_budget=100),
+    cases.DecodeCase((1800, 900), group=7, tokens_per_cluster=16, num_sink_tokens=0),
     cases.DecodeCase((1500, 1900), min_sparse_lens=(2000, 0), num_splits=7),
 ]
 
@@ -94,12 +94,12 @@ def recall_args(inputs, scores, selected, hot_cache) -> dict:
 
 
 def step(inputs, case, seed: int):
-    """Scores, estimates and selection, by a query that resembles the last step's."""
+    """Scores and selection, by a query that resembles the last step's."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(inputs.query.shape, generator=generator).to(inputs.query.device)
     inputs.query = (inputs.query.float() + noise).to(inputs.query.dtype)
-    scores, estimates, stats = inputs.score_all(ops)
-    return scores, estimates, inputs.select(ops, scores, case.token_budget, stats)[0]
+    scores, stats = inputs.score_all(ops)
+    return scores, inputs.select(ops, scores, case.token_budget, stats)[0]
 
 
 @pytest.mark.parametrize("num_hot_blocks", [1, 2, 12])
@@ -108,11 +108,10 @@ def test_steps_are_those_of_the_reference(case, num_hot_blocks, device):
     inputs, actual = make(case, num_hot_blocks, device)
     twin, expected = make(case, num_hot_blocks, "cpu")
     for seed in range(5):
-        scores, estimates, selected = step(inputs, case, seed)
+        scores, selected = step(inputs, case, seed)
         ops.recall(**recall_args(inputs, scores, selected, actual))
         of_twin = scores.cpu(), selected.cpu()
         reference.recall(**recall_args(twin, *of_twin, expected))
-        of_twin = estimates.cpu(), selected.cpu()
         counts, counted = actual.counters.tolist(), expected.counters.tolist()
         assert counts[:4] == counted[:4] and counts[4] > 0
         assert counts[5] * MASS_UNIT == pytest.approx(counted[5] * MASS_UNIT, abs=1e-3)
@@ -123,8 +122,8 @@ def test_steps_are_those_of_the_reference(case, num_hot_blocks, device):
         assert_same_bits(inputs.pages.buffer, twin.pages.buffer)
         check_tables(twin, expected)
 
-        plain = inputs.decode(ops, estimates, selected, num_splits=case.num_splits)
-        args = inputs.decode_args(estimates, selected, num_splits=case.num_splits)
+        plain = inputs.decode(ops, scores, selected, num_splits=case.num_splits)
+        args = inputs.decode_args(scores, selected, num_splits=case.num_splits)
         ops.sparse_decode(**args, line_table=actual.line_table)
         assert_same_bits(args["output"], plain)
 
@@ -173,17 +172,17 @@ def test_the_hot_blocks_are_what_is_read(device):
     """A recalled line spoilt on the host changes nothing, in its hot block it does."""
     case = CASES[0]
     inputs, hot_cache = make(case, 12, device)
-    scores, estimates, selected = step(inputs, case, 0)
+    scores, selected = step(inputs, case, 0)
     ops.recall(**recall_args(inputs, scores, selected, hot_cache))
-    args = inputs.decode_args(estimates, selected)
+    args = inputs.decode_args(scores, selected)
     ops.sparse_decode(**args, line_table=hot_cache.line_table)
     expected = args["output"].cpu()  # and waits, before what they read changes
     inputs.host_cache.fill_(float("nan"))
-    args = inputs.decode_args(estimates, selected)
+    args = inputs.decode_args(scores, selected)
     ops.sparse_decode(**args, line_table=hot_cache.line_table)
     assert_same_bits(args["output"], expected)
     inputs.pages.kv_cache[hot_cache.hot_blocks[hot_cache.row_slots[0]].long()] = 0
-    args = inputs.decode_args(estimates, selected)
+    args = inputs.decode_args(scores, selected)
     ops.sparse_decode(**args, line_table=hot_cache.line_table)
     assert not torch.equal(args["output"].cpu(), expected)
 
@@ -193,7 +192,7 @@ def test_rows_without_a_slot_and_dense_rows_are_passed_over(device):
     inputs, hot_cache = make(case, 2, device)
     hot_cache.row_slots[1] = -1
     before = hot_cache.to("cpu")
-    scores, _, selected = step(inputs, case, 0)
+    scores, selected = step(inputs, case, 0)
     ops.recall(**recall_args(inputs, scores, selected, hot_cache))
     for name, tensor in vars(hot_cache).items():
         assert_same_bits(tensor, getattr(before, name))
@@ -228,7 +227,7 @@ def test_rows_without_a_slot_and_dense_rows_are_passed_over(device):
 def test_bad_arguments_are_named(name, spoil, message):
     case = cases.DecodeCase((1500, 1300), group=2)
     inputs, hot_cache = make(case, 1, "cpu")
-    scores, _, selected = step(inputs, case, 0)
+    scores, selected = step(inputs, case, 0)
     rejected(
         ops.recall,
         recall_args(inputs, scores, selected, hot_cache),

@@ -28,14 +28,19 @@ NEAR_TIE = 1e-5  # relative; kernels may compute exp and the sums as they like
 # More clusters than a CUDA block has registers for, and nearly as many.
 LONG = [
     cases.DecodeCase(
-        (150_000,), num_kv_heads=1, group=16, tokens_per_cluster=8, token_budget=1024
+        (150_000,), num_kv_heads=1, group=16, tokens_per_cluster=4, token_budget=1024
     ),
     cases.DecodeCase(
         (60_000, 20_000),
         num_kv_heads=1,
         group=5,
-        tokens_per_cluster=8,
+        tokens_per_cluster=4,
         token_budget=999,
+    ),
+    # As many as 1,024 threads hold, and as 512 do.
+    cases.DecodeCase((32_768,), tokens_per_cluster=4, token_budget=1024),
+    cases.DecodeCase(
+        (32_768, 20_000, *[0] * 38), num_kv_heads=1, group=1, tokens_per_cluster=4
     ),
 ]
 
@@ -89,7 +94,11 @@ def assert_fewest_heaviest(selected, weights, sizes, token_budget):
 def equal_pages(num_pages, **options):
     """Pages of 16 clusters of 16 tokens, no sinks, scores all zero."""
     case = cases.DecodeCase(
-        (num_pages * 256 + 1,), num_kv_heads=1, num_sink_tokens=0, **options
+        (num_pages * 256 + 1,),
+        num_kv_heads=1,
+        num_sink_tokens=0,
+        tokens_per_cluster=16,
+        **options,
     )
     inputs = make_decode_inputs(case)
     inputs.pages.cluster_ends[inputs.block_table[0, :num_pages]] = torch.arange(
@@ -184,7 +193,7 @@ def test_dense_rows_attend_to_everything_and_select_nothing(device):
 
 def test_a_row_does_not_depend_on_its_batch(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 0, 257, 600))).to(device)
-    scores, _, stats = inputs.score_all(ops)
+    scores, stats = inputs.score_all(ops)
     selected, num_attended = inputs.select(ops, scores, 100, stats)
     for req in range(4):
         row = slice(req, req + 1)
@@ -195,7 +204,7 @@ def test_a_row_does_not_depend_on_its_batch(device):
 
 def test_a_larger_budget_only_adds_clusters(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500,))).to(device)
-    scores, _, stats = inputs.score_all(ops)
+    scores, stats = inputs.score_all(ops)
     before = torch.zeros_like(scores[:, :2], dtype=torch.uint8)
     for token_budget in (1, 16, 17, 100, 500, 1263, 1264, 2000):
         selected, _ = inputs.select(ops, scores, token_budget, stats)

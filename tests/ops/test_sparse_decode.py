@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""``sparse_decode`` is one softmax over exact rows and estimates, however split."""
+"""``sparse_decode`` is one softmax over exact rows and means, however split."""
 
 import pytest
 import torch
@@ -40,42 +40,42 @@ WINDOWS = [
         num_splits=1,
     )
     for num_pages, head_size, tokens_per_cluster in (
-        (33, 128, 32),
-        (17, 256, 32),
-        (65, 96, 16),
-        (129, 64, 8),
+        (33, 128, 4),
+        (17, 256, 4),
+        (33, 96, 16),
+        (65, 64, 8),
     )
     for token_budget in (500, 10**6)
 ]
 
 
 def prepare(case):
-    """Inputs on the CPU with the reference's estimates and selection."""
+    """Inputs on the CPU with the reference's scores and selection."""
     inputs = make_decode_inputs(case)
-    scores, estimates, _ = inputs.score_all(reference)
-    return inputs, estimates, inputs.select(reference, scores, case.token_budget)[0]
+    scores, _ = inputs.score_all(reference)
+    return inputs, scores, inputs.select(reference, scores, case.token_budget)[0]
 
 
 @pytest.mark.parametrize("tail_estimate", [True, False], ids=["tail", "no_tail"])
 @pytest.mark.parametrize("case", cases.ALL + WINDOWS, ids=str)
 def test_output_matches_the_reference(case, tail_estimate, device):
-    inputs, estimates, selected = prepare(case)
+    inputs, scores, selected = prepare(case)
     on_device = inputs.to(device)
     actual = on_device.decode(
         ops,
-        estimates,
+        scores,
         selected,
         tail_estimate=tail_estimate,
         num_splits=case.num_splits,
     )
     expected = inputs.decode(
         reference,
-        estimates,
+        scores,
         selected,
         tail_estimate=tail_estimate,
         out_dtype=torch.float32,
     )
-    same_dtype = sparse_attention(inputs, estimates, selected, tail_estimate)
+    same_dtype = sparse_attention(inputs, scores, selected, tail_estimate)
     assert_close(actual, expected, same_dtype)
     assert_same_bits(on_device.pages.buffer, inputs.pages.buffer)
     assert (actual[on_device.seq_lens == 0] == 0).all()
@@ -93,12 +93,12 @@ def test_a_covering_budget_gives_dense_attention(dtype, num_splits, device):
         sinks = torch.zeros(num_indexed, dtype=torch.int32, device=device)
         sinks[:1] = case.num_sink_tokens
         blocks = on_device.block_table[req, :num_indexed].contiguous()
-        ops.index_pages(**on_device.pages.coded_args(), **index(blocks, sinks))
-    scores, estimates, _ = on_device.score_all(ops)
+        ops.index_pages(**on_device.pages.args(), **index(blocks, sinks))
+    scores, _ = on_device.score_all(ops)
     selected, num_attended = on_device.select(ops, scores, 1285 - 1)
     assert torch.equal(num_attended, on_device.seq_lens[:, None].expand(-1, 2))
-    actual = on_device.decode(ops, estimates, selected, num_splits=num_splits)
-    same_dtype = sparse_attention(inputs, estimates.cpu(), selected.cpu(), True)
+    actual = on_device.decode(ops, scores, selected, num_splits=num_splits)
+    same_dtype = sparse_attention(inputs, scores.cpu(), selected.cpu(), True)
     assert_close(actual, dense_attention(inputs), same_dtype)
 
 
@@ -112,29 +112,29 @@ def index(block_ids, num_sink_tokens):
 
 def test_splits_change_nothing_but_rounding(device):
     dtype = cases.finest_dtype(device)
-    inputs, estimates, selected = prepare(cases.DecodeCase((1500, 258), dtype))
-    expected = inputs.decode(reference, estimates, selected, out_dtype=torch.float32)
+    inputs, scores, selected = prepare(cases.DecodeCase((1500, 258), dtype))
+    expected = inputs.decode(reference, scores, selected, out_dtype=torch.float32)
     # Weights in 16 bits are off by half an eps, of values of about 1.
     rtol = 2e-5 + torch.finfo(dtype).eps
     on_device = inputs.to(device)
     for num_splits in (1, 2, 3, 5, 6, 7, 64):
-        actual = on_device.decode(ops, estimates, selected, num_splits=num_splits)
+        actual = on_device.decode(ops, scores, selected, num_splits=num_splits)
         torch.testing.assert_close(
             actual.cpu().float(), expected, rtol=rtol, atol=0.5 * rtol
         )
-        again = on_device.decode(ops, estimates, selected, num_splits=num_splits)
+        again = on_device.decode(ops, scores, selected, num_splits=num_splits)
         assert_same_bits(again, actual)
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_a_row_does_not_depend_on_its_batch(num_splits, device):
-    inputs, estimates, selected = prepare(cases.DecodeCase((1500, 0, 257, 1, 600)))
+    inputs, scores, selected = prepare(cases.DecodeCase((1500, 0, 257, 1, 600)))
     inputs = inputs.to(device)
-    together = inputs.decode(ops, estimates, selected, num_splits=num_splits)
+    together = inputs.decode(ops, scores, selected, num_splits=num_splits)
     for req in range(5):
         row = slice(req, req + 1)
         alone = inputs.only(req).decode(
-            ops, estimates[row], selected[row], num_splits=num_splits
+            ops, scores[row], selected[row], num_splits=num_splits
         )
         assert_same_bits(alone[0], together[req])
 
@@ -144,13 +144,11 @@ def test_a_row_does_not_depend_on_its_batch(num_splits, device):
 def test_most_weights_underflow(dtype, spread, device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 20), dtype))
     inputs.scale *= spread
-    scores, estimates, _ = inputs.score_all(reference)
+    scores, _ = inputs.score_all(reference)
     selected = inputs.select(reference, scores, 100)[0]
-    expected = inputs.decode(reference, estimates, selected, out_dtype=torch.float32)
+    expected = inputs.decode(reference, scores, selected, out_dtype=torch.float32)
     for num_splits in (1, 4):
-        actual = inputs.to(device).decode(
-            ops, estimates, selected, num_splits=num_splits
-        )
+        actual = inputs.to(device).decode(ops, scores, selected, num_splits=num_splits)
         eps = torch.finfo(dtype).eps  # kernels may round weights to the dtype
         torch.testing.assert_close(
             actual.cpu().float(), expected, rtol=eps, atol=max(1e-3, eps)
@@ -161,34 +159,32 @@ def test_most_weights_underflow(dtype, spread, device):
 @pytest.mark.parametrize("case", cases.DENSE, ids=str)
 def test_dense_rows_are_dense_attention(case, num_splits, device):
     """Their pages have a poisoned index, and nobody scored or selected for them."""
-    inputs, estimates, selected = prepare(case)
-    is_dense = torch.tensor([inputs.is_dense(req) for req in range(len(estimates))])
+    inputs, scores, selected = prepare(case)
+    is_dense = torch.tensor([inputs.is_dense(req) for req in range(len(scores))])
     assert is_dense.any()
-    assert (estimates[is_dense] == float("inf")).all()
-    output = inputs.to(device).decode(ops, estimates, selected, num_splits=num_splits)
+    assert (scores[is_dense] == float("inf")).all()
+    output = inputs.to(device).decode(ops, scores, selected, num_splits=num_splits)
     assert_close(
         output.cpu()[is_dense],
         dense_attention(inputs)[is_dense],
-        sparse_attention(inputs, estimates, selected, True)[is_dense],
+        sparse_attention(inputs, scores, selected, True)[is_dense],
     )
     for fill in (0, 1, 255):
         selected[is_dense] = fill
-        estimates[is_dense] = float("nan")
-        again = inputs.to(device).decode(
-            ops, estimates, selected, num_splits=num_splits
-        )
+        scores[is_dense] = float("nan")
+        again = inputs.to(device).decode(ops, scores, selected, num_splits=num_splits)
         assert_same_bits(again, output)
 
 
 def test_a_row_is_dense_below_its_min_sparse_len(device):
     """And sparse from it on, whatever the other rows of the batch are."""
-    inputs, estimates, selected = prepare(cases.DecodeCase((700, 700, 1300)))
-    sparse = inputs.to(device).decode(ops, estimates, selected)
+    inputs, scores, selected = prepare(cases.DecodeCase((700, 700, 1300)))
+    sparse = inputs.to(device).decode(ops, scores, selected)
     dense = dense_attention(inputs)
     inputs.min_sparse_lens = torch.tensor([700, 701, 1301], dtype=torch.int32)
-    output = inputs.to(device).decode(ops, estimates, selected)
+    output = inputs.to(device).decode(ops, scores, selected)
     assert_same_bits(output[0], sparse[0])
-    same_dtype = sparse_attention(inputs, estimates, selected, True)
+    same_dtype = sparse_attention(inputs, scores, selected, True)
     assert_close(output[1:].cpu(), dense[1:], same_dtype[1:])
     # Its order in the page apart, everything selected is the same maths.
     assert (sparse[1:].cpu().float() - dense[1:]).norm() > 0.1 * dense[1:].norm()
@@ -199,10 +195,10 @@ def test_threads_change_nothing():
 
     def run(num_threads):
         torch.set_num_threads(num_threads)
-        scores, estimates, stats = inputs.score_all(ops)
+        scores, stats = inputs.score_all(ops)
         selected, num_attended = inputs.select(ops, scores, 100)
-        output = inputs.decode(ops, estimates, selected, num_splits=3)
-        return estimates, selected, num_attended, output
+        output = inputs.decode(ops, scores, selected, num_splits=3)
+        return scores, selected, num_attended, output
 
     for actual, expected in zip(run(2), run(1), strict=True):
         assert_same_bits(actual, expected)
@@ -212,13 +208,13 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("position", [3, 700, 1279, 1280])
 def test_a_nan_key_stays_in_its_row_and_head(position, num_splits, device):
     """1279 is the last token of page 4, 1280 alone in the tail page."""
-    inputs, estimates, selected = prepare(cases.DecodeCase((1281, 600)))
+    inputs, scores, selected = prepare(cases.DecodeCase((1281, 600)))
     selected.fill_(1)
     options = {"num_splits": num_splits}
-    clean = inputs.to(device).decode(ops, estimates, selected, **options)
+    clean = inputs.to(device).decode(ops, scores, selected, **options)
     block = inputs.block_table[0, position // 256]
     inputs.pages.kv_cache[block, 1, position % 256, 5] = float("nan")
-    output = inputs.to(device).decode(ops, estimates, selected, **options)
+    output = inputs.to(device).decode(ops, scores, selected, **options)
     assert output[0, 4:].isnan().all()
     assert_same_bits(output[0, :4], clean[0, :4])
     assert_same_bits(output[1], clean[1])
@@ -228,25 +224,25 @@ def test_a_nan_key_stays_in_its_row_and_head(position, num_splits, device):
 def test_logits_beyond_the_integers_of_fp32(element, device):
     """Equal keys weigh the same, whatever their logit: up to 4e8 in base 2 here."""
     dtype = cases.finest_dtype(device)
-    inputs, estimates, selected = prepare(cases.DecodeCase((40,), dtype, head_size=64))
+    inputs, scores, selected = prepare(cases.DecodeCase((40,), dtype, head_size=64))
     inputs.query.fill_(element)
     inputs.pages.kv_cache[..., :64] = element
     values = inputs.pages.kv_cache[inputs.block_table[0, 0], :, :40, 64:]
-    actual = inputs.to(device).decode(ops, estimates, selected).cpu().float()
+    actual = inputs.to(device).decode(ops, scores, selected).cpu().float()
     mean = values.float().mean(1).repeat_interleave(inputs.query.shape[1] // 2, dim=0)
     torch.testing.assert_close(actual[0], mean, rtol=2e-3, atol=2e-3)
 
 
 def test_unselected_rows_are_not_read(device):
-    inputs, estimates, selected = prepare(cases.DecodeCase((700,), num_kv_heads=1))
-    clean = inputs.to(device).decode(ops, estimates, selected)
+    inputs, scores, selected = prepare(cases.DecodeCase((700,), num_kv_heads=1))
+    clean = inputs.to(device).decode(ops, scores, selected)
     for i, block in enumerate(inputs.block_table[0, :2]):
         start = 16 if i == 0 else 0
         for c, end in enumerate(inputs.pages.cluster_ends[block, 0].tolist()):
-            if not selected[0, 0, i * 16 + c]:
+            if not selected[0, 0, i * inputs.pages.layout.num_clusters + c]:
                 inputs.pages.kv_cache[block, 0, start:end] = float("nan")
             start = end
-    assert_same_bits(inputs.to(device).decode(ops, estimates, selected), clean)
+    assert_same_bits(inputs.to(device).decode(ops, scores, selected), clean)
 
 
 def decode_of_tail_rows(values, device):
@@ -267,7 +263,7 @@ def decode_of_tail_rows(values, device):
         block_table=torch.arange(num_reqs, device=device).int()[:, None],
         seq_lens=torch.full((num_reqs,), num_rows, device=device).int(),
         min_sparse_lens=torch.zeros(num_reqs, dtype=torch.int32, device=device),
-        estimates=torch.empty(num_reqs, 1, 16, device=device),
+        scores=torch.empty(num_reqs, 1, 16, device=device),
         selected=torch.empty(num_reqs, 1, 16, dtype=torch.uint8, device=device),
         scale=1.0,
         num_sink_tokens=16,
@@ -305,9 +301,9 @@ def test_output_rounds_to_nearest_even(dtype, device):
         *PAGES,
         *ROWS,
         *QUERY,
-        *per_cluster("estimates", "Float"),
+        *per_cluster("scores", "Float"),
         *per_cluster("selected", "Byte"),
-        ("estimates", longer(1), r"estimates.size\(1\) must equal its number of heads"),
+        ("scores", longer(1), r"scores.size\(1\) must equal its number of heads"),
         ("selected", longer(1), r"selected.size\(1\) must equal its number of heads"),
         ("output", flattened, r"output must have 3 dimensions, got 1"),
         ("output", doubled, r"output must have dtype BFloat16, got Double"),
@@ -326,14 +322,14 @@ def test_output_rounds_to_nearest_even(dtype, device):
     ],
 )
 def test_bad_arguments_are_named(name, spoil, message):
-    inputs, estimates, selected = prepare(SMALL)
-    args = inputs.decode_args(estimates, selected)
+    inputs, scores, selected = prepare(SMALL)
+    args = inputs.decode_args(scores, selected)
     rejected(ops.sparse_decode, args, name, spoil, message)
 
 
 def test_opcheck(device):
-    inputs, estimates, selected = prepare(SMALL)
-    args = inputs.to(device).decode_args(estimates, selected)
+    inputs, scores, selected = prepare(SMALL)
+    args = inputs.to(device).decode_args(scores, selected)
     torch.library.opcheck(
         torch.ops.clusterkv.sparse_decode.default, tuple(args.values())
     )

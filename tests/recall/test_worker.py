@@ -54,17 +54,17 @@ def run(inputs, tier):
     query = inputs.query
     inputs.block_table, inputs.index_table = rows.block_table, rows.index_table
     inputs.host_cache = tier.host_pages(LAYER).host_cache
-    scores, estimates, stats = inputs.score_all(ops)
+    scores, stats = inputs.score_all(ops)
     selected, _ = inputs.select(ops, scores, CASE.token_budget, stats)
     assert inputs.query is query
-    return scores, estimates, inputs.decode(ops, estimates, selected)
+    return scores, inputs.decode(ops, scores, selected)
 
 
 def expected():
     inputs = make_decode_inputs(CASE)
-    scores, estimates, stats = inputs.score_all(ops)
+    scores, stats = inputs.score_all(ops)
     selected, _ = inputs.select(ops, scores, CASE.token_budget, stats)
-    return scores, estimates, inputs.decode(ops, estimates, selected)
+    return scores, inputs.decode(ops, scores, selected)
 
 
 def move(inputs, slot, req, pages, first_host_page, first_entry, entry_block):

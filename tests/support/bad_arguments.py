@@ -49,47 +49,33 @@ def with_size(dim, size):
     return spoil
 
 
+def with_odd_strides(t):
+    """A view whose rows are an odd number of bytes apart."""
+    wide = t.new_zeros((*t.shape[:-1], t.shape[-1] + 1))
+    return wide[..., :-1]
+
+
 PAGES = [
     ("kv_cache", flattened, r"kv_cache must have 4 dimensions, got 1"),
-    ("centroids", flattened, r"centroids must have 5 dimensions, got 1"),
-    ("spreads", flattened, r"spreads must have 3 dimensions, got 1"),
-    ("cluster_ends", flattened, r"cluster_ends must have 3 dimensions, got 1"),
+    ("index", flattened, r"index must have 3 dimensions, got 1"),
     ("kv_cache", doubled, r"must have dtype BFloat16, Half or Float, got Double"),
-    ("centroids", doubled, r"centroids must have dtype BFloat16, got Double"),
-    ("spreads", doubled, r"spreads must have dtype BFloat16, got Double"),
-    ("cluster_ends", doubled, r"cluster_ends must have dtype Short, got Long"),
+    ("index", doubled, r"index must have dtype Byte, got Long"),
     ("kv_cache", with_size(1, 0), r"size\(1\), the KV heads, must be at least 1"),
     ("kv_cache", with_size(2, 257), r"size\(2\).* must be 1 to 256 tokens, got 257"),
     ("kv_cache", with_size(2, 0), r"size\(2\).* must be 1 to 256 tokens, got 0"),
-    ("kv_cache", longer(3), r"kv_cache.size\(3\) must be 2 \* head_size, got 129"),
-    ("kv_cache", with_size(3, 0), r"kv_cache.size\(3\) must be 2 \* head_size, got 0"),
-    ("centroids", longer(3), r"centroids.size\(3\).* must be 8, 16 or 32, got 17"),
-    ("centroids", longer(2), r"centroids.size\(2\) must equal mean keys and .* got 3"),
-    ("centroids", longer(0), r"centroids.size\(0\) must equal num_blocks"),
-    ("centroids", longer(1), r"centroids.size\(1\) must equal num_kv_heads"),
+    ("kv_cache", longer(3), r"kv_cache.size\(3\) must be 2 \* head_size, .* got 129"),
     (
-        "centroids",
-        longer(4),
-        r"centroids.size\(4\) must equal head_size \(64\), got 65",
+        "kv_cache",
+        with_size(3, 0),
+        r"kv_cache.size\(3\) must be 2 \* head_size, .* got 0",
     ),
-    ("spreads", longer(0), r"spreads.size\(0\) must equal num_blocks"),
-    ("spreads", longer(1), r"spreads.size\(1\) must equal num_kv_heads"),
-    ("spreads", longer(2), r"spreads.size\(2\) must equal head_size \+ num_clusters"),
-    ("cluster_ends", longer(0), r"cluster_ends.size\(0\) must equal num_blocks"),
-    ("cluster_ends", longer(1), r"cluster_ends.size\(1\) must equal num_kv_heads"),
-    ("cluster_ends", longer(2), r"cluster_ends.size\(2\) must equal num_clusters"),
+    ("kv_cache", with_size(3, 520), r"kv_cache.size\(3\) must be .* at most 256"),
+    ("index", longer(0), r"index.size\(0\) must equal num_blocks"),
+    ("index", longer(1), r"index.size\(1\) must equal num_kv_heads"),
+    ("index", longer(2), r"index.size\(2\) must be \d+, \d+ or \d+, the bytes of 16"),
     ("kv_cache", transposed, r"kv_cache must be dense in its last dimension"),
-    ("centroids", transposed, r"centroids must be dense in its last dimension"),
-    ("spreads", transposed, r"spreads must be dense in its last dimension"),
-    ("cluster_ends", transposed, r"cluster_ends must be dense in its last dimension"),
-]
-CODES = [
-    ("codes", flattened, r"codes must have 3 dimensions, got 1"),
-    ("codes", doubled, r"codes must have dtype Byte, got Long"),
-    ("codes", longer(0), r"codes.size\(0\) must equal num_blocks"),
-    ("codes", longer(1), r"codes.size\(1\) must equal num_kv_heads \(2\), got 3"),
-    ("codes", longer(2), r"codes.size\(2\) must equal a head's code bytes \(\d+\)"),
-    ("codes", transposed, r"codes must be dense in its last dimension"),
+    ("index", transposed, r"index must be dense in its last dimension"),
+    ("index", with_odd_strides, r"index must be at a multiple of 4 bytes"),
 ]
 
 ROWS = [
@@ -129,7 +115,7 @@ TILE_STATS = [
 
 
 def per_cluster(name: str, dtype: str) -> list:
-    """Bad values of ``scores``, ``estimates`` or ``selected``."""
+    """Bad values of ``scores`` or ``selected``."""
     return [
         (name, flattened, rf"{name} must have 3 dimensions, got 1"),
         (name, lambda t: t.short(), rf"{name} must have dtype {dtype}, got Short"),

@@ -26,7 +26,7 @@ def dense_attention(inputs: DecodeInputs) -> torch.Tensor:
 
 def sparse_attention(
     inputs: DecodeInputs,
-    estimates: torch.Tensor,
+    scores: torch.Tensor,
     selected: torch.Tensor,
     tail_estimate: bool,
 ) -> torch.Tensor:
@@ -46,9 +46,10 @@ def sparse_attention(
                 clustered = slice(sinks, num_indexed * BLOCK_SIZE)
                 keep[clustered] = chosen.repeat_interleave(sizes)
             left_out = ~chosen & (sizes > 0) & tail_estimate
-            mean_values = inputs.pages.centroids[blocks, kv_head, 1].flatten(0, 1)
+            mean_values = inputs.pages.fields[blocks, kv_head].mean_values()
+            mean_values = mean_values.flatten(0, 1).to(dtype)
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            of_means = estimates[req, heads, :num_live][:, left_out]
+            of_means = scores[req, heads, :num_live][:, left_out]
             of_means = of_means + torch.log(sizes[left_out])
             keys, values = tokens[keep].split(head_size, dim=1)
             logits = inputs.scale * (inputs.query[req, heads] @ keys.T)

@@ -10,12 +10,12 @@ query heads a KV head, C clusters a page, N = B * C clusters a row, D head size.
 import torch
 
 from tests.support.inputs import DecodeInputs
-from vllm_clusterkv import key_codes
+from vllm_clusterkv import short_means
 from vllm_clusterkv.page_layout import BLOCK_SIZE
 from vllm_clusterkv.reference import (
-    SPREAD_MOST,
-    best_score,
+    deviating_query,
     first_argmax,
+    mean_logits,
     query_squares,
     spread_rows,
     spread_score,
@@ -47,51 +47,30 @@ class BatchedReference:
         self.sizes = sizes.transpose(1, 2).flatten(2).long()  # [R, H, N]
         self.clustered = self.sizes.sum(2)  # [R, H]
 
-    def scores(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores, estimates, and by how much fp32 sums may differ: [R, H * G, N] each.
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores, and by how much fp32 sums may differ: [R, H * G, N] each.
 
         Entries of clusters that do not exist are meaningless.
         """
-        # [R, B, H, C, D]
-        means = self.inputs.pages.centroids[self.block_table][:, :, :, 0].float()
-        formula, scale = "rhgd,rbhcd->rhgbc", self.inputs.scale
-        of_mean = scale * torch.einsum(formula, self.query, means)
-        bound = scale * torch.einsum(formula, self.query.abs(), means.abs())
-        # [R, B, H, 1, D + C] to [R, H, G, B, C]
-        spreads = self.inputs.pages.spreads[self.block_table].float()[:, :, :, None]
-        squares = query_squares(self.inputs.query).view_as(self.query)
-        spread = spread_score(squares[:, None], spreads, scale).permute(0, 2, 3, 1, 4)
-        best, reach = self._best_keys(scale * spreads[..., means.shape[4] :])
-        counts = self.sizes.unflatten(2, (-1, self.num_clusters))[:, :, None]
-        scores = best_score(of_mean + spread, of_mean, best, counts)
-        estimates = scores.minimum(of_mean + SPREAD_MOST)
-        # A logarithm of a count is at most 6. Tensor cores cut their sums instead of
-        # rounding them, and codes' are twice the best product less three times another.
-        bound = bound + spread + 2 * reach + 6
-        bound *= 16 * torch.finfo(torch.float32).eps
-        return tuple(t.flatten(3).flatten(1, 2) for t in (scores, estimates, bound))
-
-    def _best_keys(self, radii: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the best coded keys add to their means' logits, and what a key of the
-        same magnitudes would, could it have every sign it wants: [R, H, G, B, C] each.
-
-        Args:
-            radii: [R, B, H, 1, C] fp32, times the scale.
-        """
-        inputs = self.inputs
-        codes = inputs.pages.codes[self.block_table]  # [R, B, H, bytes]
-        codes = codes.masked_fill(~self.is_indexed[:, :, None, None], 0)[:, :, :, None]
+        inputs, scale = self.inputs, self.inputs.scale
+        fields = inputs.pages.fields[self.block_table]  # [R, B, H, ...]
         query = inputs.query.view_as(self.query)[:, None]  # [R, 1, H, G, D]
-        layout = inputs.pages.layout
-        decoded = key_codes.decode(
-            codes, layout.num_clusters, layout.head_size, layout.dtype
+        of_mean = mean_logits(query, fields, scale)  # [R, B, H, G, C]
+        spread = spread_score(query_squares(query), fields[:, :, :, None], scale)
+        scores = of_mean + spread
+        # The same with every sign as it is worst.
+        codes = short_means.unpack(
+            fields.key_codes, fields.num_clusters, fields.head_size, of_keys=True
         )
-        best = key_codes.best_key(query, decoded, radii)  # [R, B, H, G, C]
-        dims, deviations, _ = decoded
-        asked = query.float().expand(*best.shape[:-1], -1)
-        asked = asked.gather(-1, dims.expand(*best.shape[:-1], -1)) * deviations
-        reach = 3 * key_codes.STEP * radii * asked.abs().sum(-1, keepdim=True)
-        return best.permute(0, 2, 3, 1, 4), reach.permute(0, 2, 3, 1, 4)
+        deviating = deviating_query(query, fields.key_deviations[..., None, :])
+        of_codes = deviating.abs() @ (codes - short_means.MIDDLE).abs().mT
+        base = fields.key_base.float().abs()[..., None, :]
+        of_base = (query.float().abs() * base).sum(-1, keepdim=True)
+        bound = scale * (of_base + fields.key_steps.float()[..., None, :] * of_codes)
+        # Tensor cores cut their sums instead of rounding them.
+        bound = (bound + spread + 1) * 16 * torch.finfo(torch.float32).eps
+        scores, bound = (t.permute(0, 2, 3, 1, 4) for t in (scores, bound))
+        return scores.flatten(3).flatten(1, 2), bound.flatten(3).flatten(1, 2)
 
     def rank_weights(self, scores: torch.Tensor) -> torch.Tensor:
         """``reference.rank_weights`` of every row and head: [R, H, N] fp64."""
@@ -114,7 +93,7 @@ class BatchedReference:
         return torch.where(covers, self.live[:, None], chosen & (self.sizes > 0))
 
     def decode(
-        self, estimates: torch.Tensor, selected: torch.Tensor, tail_estimate: bool
+        self, scores: torch.Tensor, selected: torch.Tensor, tail_estimate: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention, and the same weights over absolute values: [R, H * G, D] each.
 
@@ -129,14 +108,14 @@ class BatchedReference:
         logits = torch.einsum("rhgd,rhbid->rhgbi", self.query, keys).flatten(3)
         logits = (inputs.scale * logits).masked_fill(~keep[:, :, None], float("-inf"))
         left_out = ~selected & (self.sizes > 0) & tail_estimate
-        estimates = estimates.unflatten(1, self.query.shape[1:3])
-        estimates = estimates + self.sizes.log()[:, :, None]
+        scores = scores.unflatten(1, self.query.shape[1:3])
+        estimates = scores + self.sizes.log()[:, :, None]
         estimates = estimates.masked_fill(~left_out[:, :, None], float("-inf"))
         logits = torch.cat([logits, estimates], 3)
         weights = logits.softmax(3)  # NaN for padding rows
         # [R, H, B, C, D]
-        means = inputs.pages.centroids[self.block_table][:, :, :, 1].transpose(1, 2)
-        values = torch.cat([values.flatten(2, 3), means.flatten(2, 3).float()], 2)
+        means = inputs.pages.fields[self.block_table].mean_values().transpose(1, 2)
+        values = torch.cat([values.flatten(2, 3), means.flatten(2, 3)], 2)
         is_read = torch.cat([keep, left_out], 2)[..., None]
         values = values.masked_fill(~is_read, 0)
         is_padding = (inputs.seq_lens == 0)[:, None, None]

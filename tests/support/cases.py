@@ -35,7 +35,7 @@ class DecodeCase:
     head_size: int = 64
     num_kv_heads: int = 2
     group: int = 4
-    tokens_per_cluster: int = 16
+    tokens_per_cluster: int = 8
     num_sink_tokens: int = 16
     token_budget: int = 100
     num_splits: int = 2
@@ -63,11 +63,11 @@ IRREGULAR = [
     DecodeCase((1500, 0, 257), FP16, head_size=80, num_splits=3),
     DecodeCase((1500, 0, 257), FP16, head_size=96, num_splits=3),
     DecodeCase((600,), FP16, group=1, num_kv_heads=3, num_splits=1),
-    DecodeCase((600, 530), group=3, tokens_per_cluster=8, token_budget=250),
-    DecodeCase((900, 300), FP32, group=7, num_sink_tokens=0, tokens_per_cluster=32),
-    DecodeCase((900, 300), group=7, num_sink_tokens=0, tokens_per_cluster=32),
+    DecodeCase((600, 530), group=3, tokens_per_cluster=4, token_budget=250),
+    DecodeCase((900, 300), FP32, group=7, num_sink_tokens=0, tokens_per_cluster=16),
+    DecodeCase((900, 300), group=7, num_sink_tokens=0, tokens_per_cluster=16),
     DecodeCase((600,), group=16, num_kv_heads=1, num_sink_tokens=0, num_splits=7),
-    DecodeCase((1029, 517, 1285), FP16, tokens_per_cluster=8, num_sink_tokens=1),
+    DecodeCase((1029, 517, 1285), FP16, tokens_per_cluster=4, num_sink_tokens=1),
     DecodeCase((1537, 1536), head_size=128, num_sink_tokens=128, num_splits=16),
 ]
 
@@ -105,7 +105,7 @@ class IndexCase:
     dtype: torch.dtype = BF16
     head_size: int = 64
     num_kv_heads: int = 2
-    tokens_per_cluster: int = 16
+    tokens_per_cluster: int = 8
 
     def __str__(self) -> str:
         dtype = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[self.dtype]
@@ -118,12 +118,13 @@ class IndexCase:
 
 INDEX = [
     IndexCase(),
-    IndexCase(dtype=FP16, tokens_per_cluster=8),
-    IndexCase(dtype=FP32, tokens_per_cluster=32),
-    IndexCase(tokens_per_cluster=32),
+    IndexCase(dtype=FP16, tokens_per_cluster=4),
+    IndexCase(dtype=FP32, tokens_per_cluster=16),
+    IndexCase(tokens_per_cluster=16),
     IndexCase((0, 0, 16), head_size=80, num_kv_heads=1),
     IndexCase((1, 128), FP16, head_size=96, num_kv_heads=3),
-    IndexCase((16,), head_size=128, tokens_per_cluster=8),
+    IndexCase((16,), head_size=128, tokens_per_cluster=4),
     IndexCase((16,), FP32, head_size=256),
+    IndexCase((0, 7), head_size=256, tokens_per_cluster=4),
     IndexCase((255, 0), head_size=256),  # one row to cluster
 ]

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_clusterkv import key_codes, reference
+from vllm_clusterkv import reference
 from vllm_clusterkv.page_layout import (
     BLOCK_SIZE,
     INDEX_UNIT,
+    IndexFields,
     PageLayout,
     num_tiles,
 )
@@ -30,10 +31,7 @@ class Pages:
     layout: PageLayout
     buffer: torch.Tensor  # [num_blocks * page_bytes] int8
     kv_cache: torch.Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, 2 * head_size]
-    centroids: torch.Tensor  # [num_blocks, num_kv_heads, 2, num_clusters, head_size]
-    spreads: torch.Tensor  # [num_blocks, num_kv_heads, head_size + num_clusters]
-    cluster_ends: torch.Tensor  # [num_blocks, num_kv_heads, num_clusters] int16
-    codes: torch.Tensor  # [num_blocks, num_kv_heads, code_bytes] uint8
+    index: torch.Tensor  # [num_blocks, num_kv_heads, index_bytes] uint8
 
     @classmethod
     def over(cls, layout: PageLayout, buffer: torch.Tensor) -> "Pages":
@@ -42,7 +40,7 @@ class Pages:
             (len(buffer) // layout.page_bytes, layout.num_kv_heads, BLOCK_SIZE, row),
             (layout.page_bytes // layout.dtype.itemsize, BLOCK_SIZE * row, row, 1),
         )
-        return cls(layout, buffer, kv_cache, *layout.index_views(kv_cache))
+        return cls(layout, buffer, kv_cache, layout.index_view(kv_cache))
 
     @classmethod
     def poisoned(
@@ -56,18 +54,19 @@ class Pages:
         """A copy on ``device``."""
         return Pages.over(self.layout, self.buffer.to(device, copy=True))
 
+    @property
+    def fields(self) -> IndexFields:
+        """Views of the indexes' fields."""
+        return IndexFields.of(self.index, self.layout.head_size, self.layout.dtype)
+
+    @property
+    def cluster_ends(self) -> torch.Tensor:
+        """[num_blocks, num_kv_heads, num_clusters] int16, a view."""
+        return self.fields.cluster_ends
+
     def args(self) -> dict:
         """What every op takes."""
-        return {
-            "kv_cache": self.kv_cache,
-            "centroids": self.centroids,
-            "spreads": self.spreads,
-            "cluster_ends": self.cluster_ends,
-        }
-
-    def coded_args(self) -> dict:
-        """What ``index_pages`` and ``score_clusters`` take."""
-        return {**self.args(), "codes": self.codes}
+        return {"kv_cache": self.kv_cache, "index": self.index}
 
     def bytes_of_blocks(self) -> torch.Tensor:
         """[num_blocks, page_bytes] int8 on the CPU, padding and all."""
@@ -84,18 +83,13 @@ class Pages:
         rows = self.kv_cache[block, :, num_sinks:].float()
         sums = members.transpose(1, 2).float() @ rows
         means = sums / counts.clamp(min=1)[..., None]
-        self.centroids[block] = means.unflatten(2, (2, -1)).transpose(1, 2)
-        self.cluster_ends[block] = num_sinks + counts.cumsum(1)
+        fields = self.fields[block]
+        fields.write_means(*means.split(self.layout.head_size, 2), counts)
+        fields.cluster_ends[:] = num_sinks + counts.cumsum(1)
         keys = rows[..., : self.layout.head_size]
         for head in range(self.layout.num_kv_heads):
-            self.spreads[block, head] = reference.key_spread(
+            fields.profile[head], fields.radii[head] = reference.key_spread(
                 keys[head], labels[head], self.layout.num_clusters
-            )
-            self.codes[block, head] = key_codes.encode(
-                keys[head],
-                labels[head],
-                self.centroids[block, head, 0],
-                self.spreads[block, head],
             )
 
 
@@ -105,7 +99,7 @@ class DecodeInputs:
 
     The methods that run an op take the module that implements it, ``ops`` or
     ``reference``, and return fresh outputs. What is not written stays infinite in
-    scores and estimates (so that a NaN, which poison gives, shows), NaN in tile_stats
+    scores (so that a NaN, which poison gives, shows), NaN in tile_stats
     (so that one that is read shows), ``UNTOUCHED`` in selections.
     """
 
@@ -231,12 +225,10 @@ class DecodeInputs:
         per_head = self.query.shape[1], float("inf"), torch.float32
         return {
             "query": self.query,
-            **self.pages.coded_args(),
-            **self._row_args(),
+            **self._shared_args(),
             "scale": self.scale,
             "num_sink_tokens": self.num_sink_tokens,
             "scores": self._per_cluster(*per_head),
-            "estimates": self._per_cluster(*per_head),
             "tile_stats": self._no_stats(),
             **self._index_args(),
         }
@@ -296,7 +288,7 @@ class DecodeInputs:
 
     def decode_args(
         self,
-        estimates: torch.Tensor,
+        scores: torch.Tensor,
         selected: torch.Tensor,
         tail_estimate: bool = True,
         num_splits: int = 2,
@@ -309,7 +301,7 @@ class DecodeInputs:
         return {
             "query": self.query,
             **self._shared_args(),
-            "estimates": estimates.to(device),
+            "scores": scores.to(device),
             "selected": selected.to(device),
             "scale": self.scale,
             "num_sink_tokens": self.num_sink_tokens,
@@ -323,11 +315,11 @@ class DecodeInputs:
     def score(self, module) -> torch.Tensor:
         return self.score_all(module)[0]
 
-    def score_all(self, module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores, estimates and tile_stats."""
+    def score_all(self, module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and tile_stats."""
         args = self.score_args()
         module.score_clusters(**args)
-        return args["scores"], args["estimates"], args["tile_stats"]
+        return args["scores"], args["tile_stats"]
 
     def select(
         self, module, scores, token_budget, tile_stats=None
@@ -336,8 +328,8 @@ class DecodeInputs:
         module.select_clusters(**args)
         return args["selected"], args["num_attended"]
 
-    def decode(self, module, estimates, selected, **options) -> torch.Tensor:
-        args = self.decode_args(estimates, selected, **options)
+    def decode(self, module, scores, selected, **options) -> torch.Tensor:
+        args = self.decode_args(scores, selected, **options)
         module.sparse_decode(**args)
         assert gaps(args["output"]).isnan().all(), "wrote between the output's rows"
         return args["output"]

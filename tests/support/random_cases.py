@@ -60,7 +60,7 @@ def draw_case(seed: int, device: str) -> RandomCase:
         head_size=head_size,
         num_kv_heads=num_kv_heads,
         group=rng.randint(1, cases.CUDA_MAX_GROUP),
-        tokens_per_cluster=rng.choice([8, 16, 32]),
+        tokens_per_cluster=rng.choice([4, 8, 16]),
         num_sink_tokens=num_sink_tokens,
         token_budget=rng.choice(
             [1, rng.randint(1, 300), rng.randint(1, MAX_CONTEXT), exact, 2**30]

@@ -90,7 +90,7 @@ class HostTier:
         self._first_layer = min(kv_caches, key=extract_layer_index)
         caches = list(kv_caches.values())
         for cache in caches:
-            layout.index_views(cache)  # raises where the layer is not of this layout
+            layout.index_view(cache)  # raises where the layer is not of this layout
         self._block_bytes = caches[0].stride(0) * caches[0].element_size()
         if self._block_bytes % INDEX_UNIT:
             raise ValueError(

@@ -108,15 +108,6 @@ class GroupedIndex(Index):
         """
         return self.scale * query @ self.mean_keys.float().mT
 
-    def _estimates(self, query, scores) -> torch.Tensor:
-        """Logits of the groups' mean values, where they stand in for their tokens.
-
-        Args:
-            query: As ``_scores``.
-            scores: What that returned.
-        """
-        return scores
-
     def _index_bytes(
         self, num_groups: int, num_selected: torch.Tensor
     ) -> float | torch.Tensor:
@@ -155,8 +146,7 @@ class GroupedIndex(Index):
         selection = Selection(mask, self._index_bytes(num_groups, num_selected))
         if self.method.tail:
             left = count_labels(labels.masked_fill(mask, -1), num_groups)
-            estimates = self._estimates(query, scores)
-            selection.extra_logits = estimates + left.log()[:, None]
+            selection.extra_logits = scores + left.log()[:, None]
             selection.extra_values = self.mean_values
             selection.extra_value_bytes = self._mean_value_bytes()
         return selection

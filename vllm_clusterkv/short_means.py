@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
-"""Means of 4 bits an element, as a page's index is to hold them (docs/short-means.md).
+"""Means of 4 bits an element, as a page's index holds them.
 
-    mean_key[c, d]   = key_base[d] + deviation[d] * key_step[c] * (code - 7.5)
-    mean_value[c, d] = value_base[d] + value_step[c] * (code - 7.5)
+    mean_key[c, d]   = key_base[d] + key_deviation[d] * key_step[c] * (code - 7.5)
+    mean_value[c, d] = value_step[c] * (code - 7.5)
 
-Bases are the means of a page's means, deviations those of the mean keys around theirs,
-by dimension: keys of some layers have dimensions many times as large as others. A step
-is a 15th of the cluster's range. ``docs/quality.md`` has why.
+The base is the mean of the mean keys of a page's clusters that have tokens, deviations
+are those of the mean keys around it, by dimension: keys of some layers have dimensions
+many times as large as others. Values have no use for either. A step is a 15th of the
+cluster's range. ``docs/quality.md`` has what this costs and gives.
 
 Codes lie in words of 32 bits as a warp on a GPU multiplies them, so that a shift and a
 mask make a pair of 16-bit numbers of a word. Dimensions are padded to a multiple of 32.
@@ -34,6 +35,11 @@ def padded_dims(head_size: int) -> int:
     return -(-head_size // 32) * 32
 
 
+def code_bytes(num_clusters: int, head_size: int) -> int:
+    """Bytes of a page's mean keys, or mean values, of one KV head."""
+    return num_clusters * padded_dims(head_size) // 2
+
+
 def places(num_clusters: int, head_size: int, of_keys: bool) -> torch.Tensor:
     """Where codes are: number of the nibble, 8 a word, low bits first.
 
@@ -54,12 +60,13 @@ def places(num_clusters: int, head_size: int, of_keys: bool) -> torch.Tensor:
 def pack(codes: torch.Tensor, of_keys: bool) -> torch.Tensor:
     """Codes as bytes.
 
-    [..., num_clusters, head_size] int64, 0 to 15 -> [..., num_clusters *
-    padded_dims(head_size) / 2] uint8, some codes lower by one.
+    [..., num_clusters, head_size] int64, 0 to 15 -> [..., code_bytes] uint8, some codes
+    lower by one. Codes of padding are 0.
     """
     num_clusters, head_size = codes.shape[-2:]
     where = places(num_clusters, head_size, of_keys).flatten().to(codes.device)
-    nibbles = codes.new_zeros(*codes.shape[:-2], num_clusters * padded_dims(head_size))
+    num_codes = num_clusters * padded_dims(head_size)
+    nibbles = codes.new_zeros(*codes.shape[:-2], num_codes)
     nibbles[..., where] = codes.flatten(-2)
     packed = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     halves = packed.to(torch.uint8).view(torch.int16)
@@ -78,36 +85,56 @@ def unpack(
     return nibbles[..., where].long()
 
 
-def encode(
-    means: torch.Tensor, dtype: torch.dtype, of_keys: bool
+def encode_keys(
+    means: torch.Tensor, counts: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rounds the means of a page's clusters.
+    """Rounds the mean keys of a page's clusters.
 
     Args:
         means: [..., num_clusters, head_size] fp32.
+        counts: [..., num_clusters]. A cluster without tokens has a step of zero.
         dtype: Of the pages.
-        of_keys: Whether dimensions have deviations.
 
     Returns:
         Packed codes; steps [..., num_clusters], base and deviations [..., head_size] in
-        ``dtype``. Deviations of values are ones, and not kept.
+        ``dtype``.
     """
-    base = means.mean(-2).to(dtype)
-    off = means - base.float()[..., None, :]
-    deviations = torch.ones_like(base)
-    if of_keys:
-        deviations = off.square().mean(-2).sqrt().to(dtype)
-        scale = deviations.float()[..., None, :]
-        off = torch.where(scale > 0, off / scale, 0)
+    exists = counts[..., None] > 0
+    number = exists.sum(-2).clamp(min=1)
+    base = (torch.where(exists, means, 0).sum(-2) / number).to(dtype)
+    off = torch.where(exists, means - base.float()[..., None, :], 0)
+    deviations = (off.square().sum(-2) / number).sqrt().to(dtype)
+    scale = deviations.float()[..., None, :]
+    off = torch.where(scale > 0, off / scale, 0)
+    return *_round(off, dtype, of_keys=True), base, deviations
+
+
+def encode_values(
+    means: torch.Tensor, counts: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds the mean values of a page's clusters: packed codes, and steps.
+
+    Arguments as of ``encode_keys``.
+    """
+    return _round(torch.where(counts[..., None] > 0, means, 0), dtype, of_keys=False)
+
+
+def _round(off, dtype, of_keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
     steps = (off.abs().amax(-1) / MIDDLE).to(dtype)
-    parts = off / steps.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    parts = torch.where(steps[..., None] > 0, off / steps.float()[..., None], 0)
     codes = (parts + MIDDLE).round().clamp(0, 15).long()
-    return pack(codes, of_keys), steps, base, deviations
+    return pack(codes, of_keys), steps
 
 
-def decode(packed, steps, base, deviations, of_keys: bool) -> torch.Tensor:
-    """Means that ``encode`` rounded: [..., num_clusters, head_size] fp32."""
+def decode_keys(packed, steps, base, deviations) -> torch.Tensor:
+    """Means that ``encode_keys`` rounded: [..., num_clusters, head_size] fp32."""
     num_clusters, head_size = steps.shape[-1], base.shape[-1]
-    codes = unpack(packed, num_clusters, head_size, of_keys) - MIDDLE
+    codes = unpack(packed, num_clusters, head_size, of_keys=True) - MIDDLE
     scale = steps.float()[..., None] * deviations.float()[..., None, :]
     return base.float()[..., None, :] + codes * scale
+
+
+def decode_values(packed, steps, head_size: int) -> torch.Tensor:
+    """Means that ``encode_values`` rounded: [..., num_clusters, head_size] fp32."""
+    codes = unpack(packed, steps.shape[-1], head_size, of_keys=False) - MIDDLE
+    return codes * steps.float()[..., None]
