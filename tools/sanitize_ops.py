@@ -30,12 +30,12 @@ KINDS = [
 
 def run_decode(case: cases.DecodeCase) -> None:
     inputs = make_decode_inputs(case).to("cuda")
-    scores, estimates, stats = inputs.score_all(ops)
+    scores, stats = inputs.score_all(ops)
     selected, _ = inputs.select(ops, scores, case.token_budget, stats)
     for tail_estimate in (True, False):
         inputs.decode(
             ops,
-            estimates,
+            scores,
             selected,
             tail_estimate=tail_estimate,
             num_splits=case.num_splits,
@@ -48,7 +48,7 @@ def run_index(dtype: torch.dtype, head_size: int, tokens_per_cluster: int) -> No
     )
     inputs = make_decode_inputs(case).to("cuda")
     ops.index_pages(
-        **inputs.pages.coded_args(),
+        **inputs.pages.args(),
         block_ids=torch.tensor(
             [int(inputs.block_table[0, 0]), -1], dtype=torch.int32
         ).cuda(),
@@ -62,7 +62,7 @@ def main() -> None:
         run_decode(case)
     for dtype in (torch.bfloat16, torch.float16):
         for head_size in (64, 96, 128, 256):
-            for tokens_per_cluster in (8, 16, 32):
+            for tokens_per_cluster in (4, 8, 16):
                 run_index(dtype, head_size, tokens_per_cluster)
     torch.cuda.synchronize()
     print(f"{len(KINDS)} decode batches and 24 pages")
