@@ -225,14 +225,14 @@ inline void check_per_cluster(const Tensor& t, const char* name, ScalarType dtyp
   check_contiguous(t, name);
 }
 
-inline void check_tile_stats(const Tensor& t, const DecodeRows& rows, int64_t max_clusters) {
-  check_dim(t, "tile_stats", 4);
-  check_dtype(t, "tile_stats", ScalarType::Float);
-  check_size(t, "tile_stats", 0, rows.num_reqs, "num_reqs");
-  check_size(t, "tile_stats", 1, rows.num_heads, "num_heads");
-  check_size(t, "tile_stats", 2, num_tiles(max_clusters), "max_clusters / 16, rounded up");
-  check_size(t, "tile_stats", 3, 2, "max and sum");
-  check_contiguous(t, "tile_stats");
+inline void check_softmax_sums(const Tensor& t, const DecodeRows& rows) {
+  check_dim(t, "softmax_sums", 4);
+  check_dtype(t, "softmax_sums", ScalarType::Float);
+  check_size(t, "softmax_sums", 0, rows.num_reqs, "num_reqs");
+  check_size(t, "softmax_sums", 1, rows.num_heads, "num_heads");
+  check_size(t, "softmax_sums", 3, 2, "max and sum");
+  STD_TORCH_CHECK(t.size(2) >= 1, "softmax_sums.size(2), the parts, must be at least 1");
+  check_contiguous(t, "softmax_sums");
 }
 
 inline void check_num_sink_tokens(const SemanticPages& pages, int64_t num_sink_tokens) {
@@ -266,7 +266,7 @@ inline IndexPagesParams check_index_pages(const Tensor& kv_cache, const Tensor& 
 inline ScoreClustersParams check_score_clusters(
     const Tensor& query, const Tensor& kv_cache, const Tensor& index, const Tensor& block_table,
     const Tensor& seq_lens, const Tensor& min_sparse_lens, double scale, int64_t num_sink_tokens,
-    const Tensor& scores, const Tensor& tile_stats, const OptionalTensor& index_table) {
+    const Tensor& scores, const Tensor& softmax_sums, const OptionalTensor& index_table) {
   ScoreClustersParams params{};
   check_devices(kv_cache, {{"query", query},
                            {"index", index},
@@ -274,7 +274,7 @@ inline ScoreClustersParams check_score_clusters(
                            {"seq_lens", seq_lens},
                            {"min_sparse_lens", min_sparse_lens},
                            {"scores", scores},
-                           {"tile_stats", tile_stats}});
+                           {"softmax_sums", softmax_sums}});
   params.pages = check_pages(kv_cache, index);
   check_query(params.pages, query, kv_cache, "query");
   params.rows = check_rows(params.pages, block_table, seq_lens, min_sparse_lens, query.size(1));
@@ -282,7 +282,7 @@ inline ScoreClustersParams check_score_clusters(
   check_size(query, "query", 0, params.rows.num_reqs, "num_reqs");
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     params.pages.num_clusters);
-  check_tile_stats(tile_stats, params.rows, scores.size(2));
+  check_softmax_sums(softmax_sums, params.rows);
   check_num_sink_tokens(params.pages, num_sink_tokens);
   params.query = query.data_ptr();
   params.query_row_stride = query.stride(0);
@@ -290,19 +290,20 @@ inline ScoreClustersParams check_score_clusters(
   params.scale = static_cast<float>(scale);
   params.num_sink_tokens = num_sink_tokens;
   params.scores = static_cast<float*>(scores.data_ptr());
-  params.tile_stats = static_cast<float*>(tile_stats.data_ptr());
+  params.softmax_sums = static_cast<float*>(softmax_sums.data_ptr());
+  params.num_parts = softmax_sums.size(2);
   params.max_clusters = scores.size(2);
   return params;
 }
 
 inline SelectClustersParams check_select_clusters(
-    const Tensor& scores, const Tensor& tile_stats, const Tensor& kv_cache, const Tensor& index,
+    const Tensor& scores, const Tensor& softmax_sums, const Tensor& kv_cache, const Tensor& index,
     const Tensor& block_table, const Tensor& seq_lens, const Tensor& min_sparse_lens,
     int64_t num_sink_tokens, int64_t token_budget, const Tensor& selected,
     const Tensor& num_attended, const OptionalTensor& index_table) {
   SelectClustersParams params{};
   check_devices(kv_cache, {{"scores", scores},
-                           {"tile_stats", tile_stats},
+                           {"softmax_sums", softmax_sums},
                            {"index", index},
                            {"block_table", block_table},
                            {"seq_lens", seq_lens},
@@ -316,7 +317,7 @@ inline SelectClustersParams check_select_clusters(
   const int64_t num_clusters = params.pages.num_clusters;
   check_per_cluster(scores, "scores", ScalarType::Float, params.rows, params.rows.num_heads,
                     num_clusters);
-  check_tile_stats(tile_stats, params.rows, scores.size(2));
+  check_softmax_sums(softmax_sums, params.rows);
   check_per_cluster(selected, "selected", ScalarType::Byte, params.rows, params.pages.num_kv_heads,
                     num_clusters);
   check_dim(num_attended, "num_attended", 2);
@@ -327,7 +328,8 @@ inline SelectClustersParams check_select_clusters(
   check_num_sink_tokens(params.pages, num_sink_tokens);
   STD_TORCH_CHECK(token_budget >= 1, "token_budget must be at least 1, got ", token_budget);
   params.scores = static_cast<const float*>(scores.data_ptr());
-  params.tile_stats = static_cast<const float*>(tile_stats.data_ptr());
+  params.softmax_sums = static_cast<const float*>(softmax_sums.data_ptr());
+  params.num_parts = softmax_sums.size(2);
   params.max_clusters = scores.size(2);
   params.num_sink_tokens = num_sink_tokens;
   params.token_budget = token_budget;

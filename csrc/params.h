@@ -106,17 +106,19 @@ struct ScoreClustersParams {
   float scale;
   int64_t num_sink_tokens;
   float* scores;  // [num_reqs, num_heads, max_clusters]; contiguous
-  // [num_reqs, num_heads, num_tiles(max_clusters), 2]; contiguous. Of a tile's clusters with
-  // tokens: max score, and sum of tokens * exp(score - max). None has tokens: -inf and 0.
-  float* tile_stats;
+  // [num_reqs, num_heads, num_parts, 2]; contiguous. Of a part's clusters with tokens: max
+  // score, and sum of tokens * exp(score - max). None has tokens: -inf and 0.
+  float* softmax_sums;
+  int64_t num_parts;     // page i of a row is in part i % num_parts
   int64_t max_clusters;  // last dimension of scores and selected
 };
 
 struct SelectClustersParams {
   SemanticPages pages;  // cluster_ends read
   DecodeRows rows;
-  const float* scores;      // [num_reqs, num_heads, max_clusters]; contiguous
-  const float* tile_stats;  // [num_reqs, num_heads, num_tiles(max_clusters), 2]; contiguous
+  const float* scores;        // [num_reqs, num_heads, max_clusters]; contiguous
+  const float* softmax_sums;  // [num_reqs, num_heads, num_parts, 2]; contiguous
+  int64_t num_parts;
   int64_t max_clusters;
   int64_t num_sink_tokens;
   int64_t token_budget;
@@ -188,13 +190,6 @@ constexpr int64_t kIndexUnit = 512;
 
 // Clusters of a page and KV head, at most.
 constexpr int64_t kMostClusters = 64;
-
-// Clusters that share an entry of tile_stats: neighbours.
-constexpr int64_t kTileClusters = 16;
-
-CLUSTERKV_HOST_DEVICE inline int64_t num_tiles(int64_t num_clusters) {
-  return (num_clusters + kTileClusters - 1) / kTileClusters;
-}
 
 // Complete pages before the one that holds the current token; a sparse row's are indexed.
 CLUSTERKV_HOST_DEVICE inline int64_t num_indexed_pages(int64_t seq_len, int64_t block_size) {

@@ -13,9 +13,9 @@ STABLE_TORCH_LIBRARY(clusterkv, m) {
   m.def(
       "score_clusters(Tensor query, Tensor kv_cache, Tensor index, Tensor block_table, "
       "Tensor seq_lens, Tensor min_sparse_lens, float scale, int num_sink_tokens, "
-      "Tensor(a!) scores, Tensor(b!) tile_stats, Tensor? index_table=None) -> ()");
+      "Tensor(a!) scores, Tensor(b!) softmax_sums, Tensor? index_table=None) -> ()");
   m.def(
-      "select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor index, "
+      "select_clusters(Tensor scores, Tensor softmax_sums, Tensor kv_cache, Tensor index, "
       "Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens, int num_sink_tokens, "
       "int token_budget, Tensor(a!) selected, Tensor(b!) num_attended, "
       "Tensor? index_table=None) -> ()");

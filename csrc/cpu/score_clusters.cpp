@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
-// One task scores the clusters of kPagesPerTask pages for the query heads of one
-// KV head, so that each code is made a number once for up to four heads. The
-// softmax sums of its tiles follow while its scores are in the nearest cache.
+// One task scores the clusters of a part of a row's pages for the query heads of one
+// KV head, so that each code is made a number once for up to four heads. The part's
+// softmax sums follow, of up to four heads together too.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -19,40 +19,45 @@
 namespace clusterkv::cpu {
 namespace {
 
-constexpr int64_t kPagesPerTask = 8;  // of at least 16 clusters: twice kClustersAtOnce
-constexpr int64_t kGrain = 1024;      // group * head_size: less is not worth waking a thread
+constexpr int64_t kPagesAhead = 8;  // whose small fields are asked for
+constexpr int64_t kGrain = 8192;    // pages * group * head_size: less is not worth waking a thread
 
-constexpr int64_t kTilesAtOnce = 4;
-constexpr int64_t kClustersAtOnce = kTilesAtOnce * kTileClusters;
+static_assert(16 % kLanes == 0, "a page's 16, 32 or 64 clusters are whole vectors");
 
-// Of each tile max and sum of tokens * exp(scores - max), over clusters with tokens.
-//   scores, tokens: [kTilesAtOnce, kTileClusters]
-//   stats: [kTilesAtOnce, 2]
-void write_tile_stats(const float* scores, const float* tokens, float* stats) {
-  constexpr int kVecs = kTileClusters / kLanes;
+// Of each query head max and sum of tokens * exp(scores - max), over clusters with tokens.
+//   scores: [kHeads, max_clusters], from the part's first page on
+//   tokens: [num_pages, num_clusters], of the part's pages
+//   sums: [kHeads, num_parts, 2], from the part on. Written, of the part.
+template <int kHeads>
+void write_softmax_sums(const ScoreClustersParams& p, const float* scores, const float* tokens,
+                        int64_t num_pages, float* sums) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
-  Vec logits[kTilesAtOnce][kVecs], maxima[kTilesAtOnce], sums[kTilesAtOnce] = {};
-  for (int t = 0; t < kTilesAtOnce; ++t) {
-    for (int v = 0; v < kVecs; ++v) {
-      const int64_t c = t * kTileClusters + v * kLanes;
-      const Vec score = load<Vec>(scores + c), lowest = Vec{} + kLowest;
-      logits[t][v] = load<Vec>(tokens + c) > 0.0f ? score : lowest;
-      if (v == 0) maxima[t] = logits[t][v];
-      maxima[t] = logits[t][v] > maxima[t] ? logits[t][v] : maxima[t];
+  const Vec lowest = Vec{} + kLowest;
+  const int64_t num_clusters = p.pages.num_clusters;
+  const auto for_each_vec = [&](const auto& f) {
+    for (int64_t page = 0; page < num_pages; ++page) {
+      const float* of_page = scores + page * p.num_parts * num_clusters;
+      for (int64_t c = 0; c < num_clusters; c += kLanes) {
+        const Vec count = load<Vec>(tokens + page * num_clusters + c);
+#pragma GCC unroll 4
+        for (int h = 0; h < kHeads; ++h) {
+          const Vec score = load<Vec>(of_page + h * p.max_clusters + c);
+          f(h, count, count > 0.0f ? score : lowest);
+        }
+      }
     }
-  }
+  };
+  Vec maxima[4] = {lowest, lowest, lowest, lowest}, totals[4] = {};
+  for_each_vec(
+      [&](int h, Vec, Vec logits) { maxima[h] = logits > maxima[h] ? logits : maxima[h]; });
   const Vec4 max = max_lanes(maxima);
-  for (int t = 0; t < kTilesAtOnce; ++t) {
-    const float origin = max[t] == kLowest ? 0.0f : max[t];
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec count = load<Vec>(tokens + t * kTileClusters + v * kLanes);
-      sums[t] += count * fast_exp(logits[t][v] - origin);
-    }
-  }
-  const Vec4 sum = sum_lanes(sums);
-  for (int t = 0; t < kTilesAtOnce; ++t) {
-    stats[2 * t] = max[t];
-    stats[2 * t + 1] = sum[t];
+  const Vec4 origin = max == kLowest ? Vec4{} : max;
+  for_each_vec(
+      [&](int h, Vec count, Vec logits) { totals[h] += count * fast_exp(logits - origin[h]); });
+  const Vec4 sum = sum_lanes(totals);
+  for (int h = 0; h < kHeads; ++h) {
+    sums[h * p.num_parts * 2] = max[h];
+    sums[h * p.num_parts * 2 + 1] = sum[h];
   }
 }
 
@@ -196,71 +201,61 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
   const SemanticPages& pages = p.pages;
   const DecodeRows& rows = p.rows;
   const int64_t group = rows.num_heads / pages.num_kv_heads;
-  const int64_t chunks = (rows.max_blocks + kPagesPerTask - 1) / kPagesPerTask;
-  const int64_t num_tasks = rows.num_reqs * pages.num_kv_heads * chunks;
-  const int64_t grain = std::max<int64_t>(1, kGrain / (group * pages.head_size));
+  const int64_t num_clusters = pages.num_clusters, num_parts = p.num_parts;
+  const int64_t most_pages = (rows.max_blocks + num_parts - 1) / num_parts;  // of a part
+  const int64_t num_tasks = rows.num_reqs * pages.num_kv_heads * num_parts;
+  const int64_t task_size = most_pages * group * pages.head_size;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(task_size, 1));
   torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {
     GroupScores<T> of_group(pages, group, p.scale, p.max_clusters);
-    std::vector<float> tokens(kPagesPerTask * pages.num_clusters);
+    std::vector<float> tokens(most_pages * num_clusters);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task % chunks, head = task / chunks % pages.num_kv_heads;
-      const int64_t req = task / chunks / pages.num_kv_heads;
+      const int64_t part = task % num_parts, head = task / num_parts % pages.num_kv_heads;
+      const int64_t req = task / num_parts / pages.num_kv_heads;
       const int64_t seq_len = rows.seq_lens[req];
       if (is_dense(seq_len, rows.min_sparse_lens[req])) continue;
-      const int64_t num_pages = num_indexed_pages(seq_len, pages.block_size);
-      const int64_t first_page = chunk * kPagesPerTask;
-      const int64_t last = std::min(first_page + kPagesPerTask, num_pages);
-      if (first_page >= last) continue;
+      const int64_t row_pages = num_indexed_pages(seq_len, pages.block_size);
+      if (part >= row_pages) continue;
+      const int64_t num_pages = (row_pages - part + num_parts - 1) / num_parts;
       const int64_t first_head = head * group;
       of_group.set_query(static_cast<const T*>(p.query) + req * p.query_row_stride +
                              first_head * p.query_head_stride,
                          p.query_head_stride);
       float* scores = p.scores + (req * rows.num_heads + first_head) * p.max_clusters;
-      const auto index_of = [&](int64_t page) {
-        return index_of_page(pages, rows, req, head, page);
+      float* sums = p.softmax_sums + ((req * rows.num_heads + first_head) * num_parts + part) * 2;
+      const auto page_of = [&](int64_t i) { return part + i * num_parts; };
+      const auto index_of = [&](int64_t i) {
+        return index_of_page(pages, rows, req, head, page_of(i));
       };
-      // Every page is a new place in memory: find all of them before reading any.
-      prefetch(index_of(first_page), pages.fields.value_codes);
-      for (int64_t page = first_page; page < last; ++page) {
-        prefetch(index_of(page) + pages.fields.cluster_ends,
+      const auto ask_for_small_fields = [&](int64_t i) {
+        prefetch(index_of(i) + pages.fields.cluster_ends,
                  pages.fields.bytes - pages.fields.cluster_ends);
+      };
+      // Every page is a new place in memory: find some of them before reading any.
+      prefetch(index_of(0), pages.fields.value_codes);
+      for (int64_t i = 0; i < std::min(kPagesAhead, num_pages); ++i) ask_for_small_fields(i);
+      for (int64_t i = 0; i < num_pages; ++i) {
+        if (i + kPagesAhead < num_pages) ask_for_small_fields(i + kPagesAhead);
+        of_group.score_page(index_of(i), index_of(std::min(i + 1, num_pages - 1)),
+                            scores + page_of(i) * num_clusters);
+        count_page_tokens(ends_of_page(pages, rows, req, head, page_of(i)), num_clusters,
+                          page_of(i), p.num_sink_tokens, tokens.data() + i * num_clusters);
       }
-      for (int64_t page = first_page; page < last; ++page) {
-        const uint8_t* index = index_of(page);
-        of_group.score_page(index, index_of(std::min(page + 1, last - 1)),
-                            scores + page * pages.num_clusters);
-        count_page_tokens(ends_of_page(pages, rows, req, head, page), pages.num_clusters, page,
-                          p.num_sink_tokens,
-                          tokens.data() + (page - first_page) * pages.num_clusters);
-      }
-      const int64_t max_tiles = num_tiles(p.max_clusters);
-      const int64_t first_cluster = first_page * pages.num_clusters;
-      const int64_t num_clusters = (last - first_page) * pages.num_clusters;
-      std::fill(tokens.begin() + num_clusters, tokens.end(), 0.0f);
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t query_head = req * rows.num_heads + first_head + g;
-        const float* of_head = scores + g * p.max_clusters + first_cluster;
-        float* stats = p.tile_stats + 2 * (query_head * max_tiles + first_cluster / kTileClusters);
-        int64_t c = 0;
-        for (; c + kClustersAtOnce <= num_clusters; c += kClustersAtOnce) {
-          write_tile_stats(of_head + c, tokens.data() + c, stats + c / kTileClusters * 2);
-        }
-        if (c == num_clusters) continue;
-        float padded[kClustersAtOnce] = {}, padded_stats[2 * kTilesAtOnce];
-        std::copy(of_head + c, of_head + num_clusters, padded);
-        write_tile_stats(padded, tokens.data() + c, padded_stats);
-        std::copy_n(padded_stats, 2 * num_tiles(num_clusters - c), stats + c / kTileClusters * 2);
-      }
+      for_head_blocks(group, [&](auto heads, int64_t first) {
+        write_softmax_sums<decltype(heads)::value>(
+            p, scores + first * p.max_clusters + part * num_clusters, tokens.data(), num_pages,
+            sums + first * num_parts * 2);
+      });
     }
   });
 }
 
 void score_clusters(Tensor query, Tensor kv_cache, Tensor index, Tensor block_table,
                     Tensor seq_lens, Tensor min_sparse_lens, double scale, int64_t num_sink_tokens,
-                    Tensor scores, Tensor tile_stats, OptionalTensor index_table) {
+                    Tensor scores, Tensor softmax_sums, OptionalTensor index_table) {
   const ScoreClustersParams params =
       check_score_clusters(query, kv_cache, index, block_table, seq_lens, min_sparse_lens, scale,
-                           num_sink_tokens, scores, tile_stats, index_table);
+                           num_sink_tokens, scores, softmax_sums, index_table);
   CLUSTERKV_DISPATCH_KV_DTYPE(kv_cache.scalar_type(), "score_clusters",
                               score_clusters_kernel<scalar_t>(params));
 }

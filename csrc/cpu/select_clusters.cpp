@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 //
-// One task selects for one row and KV head. Softmax sums are merged from score_clusters'
-// tile_stats. Clusters fall into buckets by the leading bits of their weight; buckets are
-// taken whole from the top, and only the one in which the budget ends is sorted.
+// One task selects for one row and KV head. Softmax sums are merged from those that
+// score_clusters leaves of parts. Clusters fall into buckets by the leading bits of their weight;
+// buckets are taken whole from the top, and only the one in which the budget ends is sorted.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -55,28 +55,30 @@ struct SoftmaxSums {
   float sum;  // of tokens * exp(score - max)
 };
 
-// Those of a query head's clusters, from their tiles.
-SoftmaxSums merge_tiles(const float* tile_stats, int64_t num_tiles) {
+// Those of a query head's clusters, from its parts': [num_parts, 2].
+SoftmaxSums merge_parts(const float* sums, int64_t num_parts) {
   float max = -std::numeric_limits<float>::infinity(), sum = 0.0f;
 #pragma omp simd reduction(max : max)
-  for (int64_t t = 0; t < num_tiles; ++t) max = std::max(max, tile_stats[2 * t]);
+  for (int64_t part = 0; part < num_parts; ++part) max = std::max(max, sums[2 * part]);
 #pragma omp simd reduction(+ : sum)
-  for (int64_t t = 0; t < num_tiles; ++t) {
-    sum += tile_stats[2 * t + 1] * fast_exp(tile_stats[2 * t] - max);
+  for (int64_t part = 0; part < num_parts; ++part) {
+    sum += sums[2 * part + 1] * fast_exp(sums[2 * part] - max);
   }
   return {max, sum};
 }
 
 // weight[c] = sum over the query heads of softmax(scores + log(count))[c] / count[c]
-void weigh_clusters(const float* scores, int64_t score_stride, const float* tile_stats,
-                    int64_t stats_stride, int64_t group, int64_t num_clusters, Scratch& s) {
+void weigh_clusters(const SelectClustersParams& p, int64_t first_head, int64_t group,
+                    int64_t num_pages, Scratch& s) {
+  const int64_t num_clusters = num_pages * p.pages.num_clusters;
   const int32_t* counts = s.counts.data();
   float* weights = s.weights.data();
   std::fill_n(weights, num_clusters, 0.0f);
-  static_assert(kTileClusters % kLanes == 0, "a page's clusters are whole vectors");
+  static_assert(16 % kLanes == 0, "a page's 16, 32 or 64 clusters are whole vectors");
   for (int64_t g = 0; g < group; ++g) {
-    const float* row = scores + g * score_stride;
-    const SoftmaxSums sums = merge_tiles(tile_stats + g * stats_stride, num_tiles(num_clusters));
+    const float* row = p.scores + (first_head + g) * p.max_clusters;
+    const SoftmaxSums sums = merge_parts(p.softmax_sums + (first_head + g) * p.num_parts * 2,
+                                         std::min(p.num_parts, num_pages));
     const float max = sums.max, inverse = 1.0f / sums.sum;
     for (int64_t c = 0; c < num_clusters; c += kLanes) {
       const Vec weight = fast_exp(load<Vec>(row + c) - max) * inverse;
@@ -141,20 +143,18 @@ void select_row(const SelectClustersParams& p, int64_t req, int64_t head, Scratc
   count_tokens(p, req, head, num_pages, s.counts.data());
   const int64_t group = rows.num_heads / pages.num_kv_heads;
   const int64_t first_head = req * rows.num_heads + head * group;
-  const int64_t stats_stride = 2 * num_tiles(p.max_clusters);
-  weigh_clusters(p.scores + first_head * p.max_clusters, p.max_clusters,
-                 p.tile_stats + first_head * stats_stride, stats_stride, group, num_clusters, s);
+  weigh_clusters(p, first_head, group, num_pages, s);
   const int64_t taken = take_best(num_clusters, p.token_budget, s, selected);
   *num_attended = static_cast<int32_t>(always + taken);
 }
 
-void select_clusters(Tensor scores, Tensor tile_stats, Tensor kv_cache, Tensor index,
+void select_clusters(Tensor scores, Tensor softmax_sums, Tensor kv_cache, Tensor index,
                      Tensor block_table, Tensor seq_lens, Tensor min_sparse_lens,
                      int64_t num_sink_tokens, int64_t token_budget, Tensor selected,
                      Tensor num_attended, OptionalTensor index_table) {
   const SelectClustersParams params = check_select_clusters(
-      scores, tile_stats, kv_cache, index, block_table, seq_lens, min_sparse_lens, num_sink_tokens,
-      token_budget, selected, num_attended, index_table);
+      scores, softmax_sums, kv_cache, index, block_table, seq_lens, min_sparse_lens,
+      num_sink_tokens, token_budget, selected, num_attended, index_table);
   const int64_t num_kv_heads = params.pages.num_kv_heads;
   const int64_t num_tasks = params.rows.num_reqs * num_kv_heads;
   const int64_t task_scores = params.rows.num_heads / num_kv_heads * params.max_clusters;
