@@ -19,6 +19,7 @@ from vllm_clusterkv.cuda_backend import (
     ALWAYS_DENSE,
     ClusterKVCUDAMetadataBuilder,
     crossover_len,
+    num_score_parts,
     num_splits,
 )
 from vllm_clusterkv.page_layout import PageLayout
@@ -265,3 +266,22 @@ def test_new_kv_cache_is_bound(builder):
 )
 def test_num_splits(num_reqs, num_kv_heads, expected):
     assert num_splits(num_reqs, num_kv_heads, num_sms=132) == expected
+
+
+@pytest.mark.parametrize(
+    "num_reqs, num_kv_heads, max_pages, expected",
+    [
+        (1, 8, 128, 128),  # a page for each of 49 * 4 warps
+        (1, 8, 512, 171),  # 3 for each of 196 would be more than 512
+        (8, 8, 128, 22),  # 6 blocks: 6 pages for each of 24 warps
+        (64, 8, 128, 4),  # one block, of 32 pages a warp
+        (1000, 8, 130, 4),
+        (1, 1, 1, 1),
+        (1, 8, 4, 4),
+    ],
+)
+def test_num_score_parts(num_reqs, num_kv_heads, max_pages, expected):
+    found = num_score_parts(num_reqs, num_kv_heads, num_sms=132, max_pages=max_pages)
+    assert found == expected
+    # All but the last have equal shares.
+    assert -(-max_pages // -(-max_pages // found)) == found

@@ -28,6 +28,7 @@ def test_rows_that_do_not_fit_at_once_run_in_parts():
             layout.num_kv_heads,
             layout.head_size,
             max_clusters,
+            lambda num_rows: 3,
             lambda num_rows: 4,
             torch.device("cpu"),
             max_bytes,
@@ -57,17 +58,37 @@ def test_rows_that_do_not_fit_at_once_run_in_parts():
     assert not observe.observers
 
 
-def test_splits_depend_on_the_rows_of_the_call():
-    # More splits for fewer rows: 1 x 32, 2 x 16, 3 x 10, ..., 8 x 4.
-    scratch = DecodeScratch(
-        8, 4, 2, 64, 160, lambda num_rows: 32 // num_rows, torch.device("cpu")
-    )
+def test_parts_and_splits_depend_on_the_rows_of_the_call():
+    # More splits for fewer rows: 1 x 32, 2 x 16, 3 x 10, ..., 8 x 4. Most parts in all
+    # at 3 rows.
+    num_parts = [0, 7, 5, 6, 3, 3, 2, 2, 2]
+
+    def make(max_bytes=None):
+        return DecodeScratch(
+            8,
+            4,
+            2,
+            64,
+            160,
+            num_parts.__getitem__,
+            lambda num_rows: 32 // num_rows,
+            torch.device("cpu"),
+            max_bytes,
+        )
+
+    scratch = make()
     for num_rows in range(1, 9):
-        scores, tile_stats, selected, num_attended, workspace = scratch.shape(
+        scores, softmax_sums, selected, num_attended, workspace = scratch.shape(
             num_rows, 88
         )
         assert scores.shape == (num_rows, 4, 88) and scores.is_contiguous()
-        assert tile_stats.shape == (num_rows, 4, 6, 2) and tile_stats.is_contiguous()
+        assert softmax_sums.shape == (num_rows, 4, num_parts[num_rows], 2)
+        assert softmax_sums.is_contiguous()
         assert selected.shape == (num_rows, 2, 88)
         assert num_attended.shape == (num_rows, 2)
         assert workspace.shape == (num_rows, 4, 32 // num_rows, 66)
+    row_bytes = 160 * (4 * 4 + 2) + 2 * 4
+    of_all_rows = 4 * 4 * (18 * 2 + 32 * 66)
+    assert scratch.num_bytes == 8 * row_bytes + of_all_rows
+    assert make(scratch.num_bytes).max_rows == 8
+    assert make(scratch.num_bytes - 1).max_rows == 7

@@ -30,8 +30,8 @@ KINDS = [
 
 def run_decode(case: cases.DecodeCase) -> None:
     inputs = make_decode_inputs(case).to("cuda")
-    scores, stats = inputs.score_all(ops)
-    selected, _ = inputs.select(ops, scores, case.token_budget, stats)
+    scores, sums = inputs.score_all(ops)
+    selected, _ = inputs.select(ops, scores, case.token_budget, sums)
     for tail_estimate in (True, False):
         inputs.decode(
             ops,

@@ -33,7 +33,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 from vllm_clusterkv import observe, ops, requirements
 from vllm_clusterkv.config import ClusterKVConfig
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
 # A child of the logger that vLLM configures, so that its lines are seen.
 logger = init_logger("vllm.clusterkv")
@@ -147,6 +147,7 @@ class DecodeScratch:
         num_kv_heads: int,
         head_size: int,
         max_clusters: int,
+        num_score_parts: Callable[[int], int],
         num_splits: Callable[[int], int],
         device: torch.device,
         max_bytes: int | None = None,
@@ -159,43 +160,46 @@ class DecodeScratch:
             num_kv_heads: KV heads of this rank.
             head_size: Elements of a key, and of a value.
             max_clusters: Clusters of a row, at most.
+            num_score_parts: Parts that ``score_clusters`` deals a row's pages to, by
+                the rows of the call.
             num_splits: Parts that ``sparse_decode`` splits a row into, by the rows of
                 the call.
             device: Where.
             max_bytes: Holds fewer rows, but at least one, to stay below. None for no
                 limit.
         """
-        stats_size = 2 * num_heads * num_tiles(max_clusters)  # of a row
         row_bytes = max_clusters * (4 * num_heads + num_kv_heads) + 4 * num_kv_heads
-        row_bytes += 4 * stats_size
-        part_size = num_heads * (head_size + 2)
-        num_parts = self.max_rows = 0
+        part_size = 2 * num_heads
+        split_size = num_heads * (head_size + 2)
+        most_parts = most_splits = self.max_rows = 0  # of all rows of a call
         for num_rows in range(1, max_rows + 1):
-            parts = max(num_parts, num_rows * num_splits(num_rows))
-            num_bytes = num_rows * row_bytes + 4 * parts * part_size
+            parts = max(most_parts, num_rows * num_score_parts(num_rows))
+            splits = max(most_splits, num_rows * num_splits(num_rows))
+            num_bytes = num_rows * row_bytes
+            num_bytes += 4 * (parts * part_size + splits * split_size)
             if max_bytes is not None and num_rows > 1 and num_bytes > max_bytes:
                 break
-            num_parts, self.max_rows = parts, num_rows
+            most_parts, most_splits, self.max_rows = parts, splits, num_rows
         self._row_shape = (num_heads, num_kv_heads, head_size)
-        self._num_splits = num_splits
+        self._num_score_parts, self._num_splits = num_score_parts, num_splits
 
         def new(size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device=device)
 
-        # Flat, since rows must be contiguous at each number of clusters and splits.
+        # Flat: rows are contiguous at each number of clusters, parts and splits.
         num_rows = self.max_rows
         self._scores = new(num_rows * num_heads * max_clusters, torch.float32)
-        self._tile_stats = new(num_rows * stats_size, torch.float32)
+        self._softmax_sums = new(most_parts * part_size, torch.float32)
         self._selected = new(num_rows * num_kv_heads * max_clusters, torch.uint8)
         self._num_attended = new(num_rows * num_kv_heads, torch.int32)
-        self._workspace = new(num_parts * part_size, torch.float32)
+        self._workspace = new(most_splits * split_size, torch.float32)
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
         buffers = (
             self._scores,
-            self._tile_stats,
+            self._softmax_sums,
             self._selected,
             self._num_attended,
             self._workspace,
@@ -207,7 +211,7 @@ class DecodeScratch:
 
         Returns:
             scores: [num_rows, num_heads, max_clusters] fp32.
-            tile_stats: [num_rows, num_heads, num_tiles, 2] fp32.
+            softmax_sums: [num_rows, num_heads, num_score_parts, 2] fp32.
             selected: [num_rows, num_kv_heads, max_clusters] uint8.
             num_attended: [num_rows, num_kv_heads] int32.
             workspace: [num_rows, num_heads, num_splits, head_size + 2] fp32.
@@ -219,7 +223,13 @@ class DecodeScratch:
 
         return (
             take(self._scores, num_rows, num_heads, max_clusters),
-            take(self._tile_stats, num_rows, num_heads, num_tiles(max_clusters), 2),
+            take(
+                self._softmax_sums,
+                num_rows,
+                num_heads,
+                self._num_score_parts(num_rows),
+                2,
+            ),
             take(self._selected, num_rows, num_kv_heads, max_clusters),
             take(self._num_attended, num_rows, num_kv_heads),
             take(
@@ -290,7 +300,7 @@ def _decode_rows(
     host_pages: HostPages | None,
 ) -> None:
     max_clusters = metadata.block_table.shape[1] * config.num_clusters
-    scores, tile_stats, selected, num_attended, workspace = scratch.shape(
+    scores, softmax_sums, selected, num_attended, workspace = scratch.shape(
         len(query), max_clusters
     )
     index = (pages.kv_cache, pages.index)
@@ -302,12 +312,12 @@ def _decode_rows(
         scale,
         config.num_sink_tokens,
         scores,
-        tile_stats,
+        softmax_sums,
         metadata.index_table,
     )
     ops.select_clusters(
         scores,
-        tile_stats,
+        softmax_sums,
         *index,
         *rows,
         config.num_sink_tokens,

@@ -49,6 +49,11 @@ Llama-3.1-8B's (2 threads of an AMD EPYC, bf16): ``bench_decode_cpu.py --no-vllm
 --batch-sizes 1 --context-lens 1792 2304 2816``, whose rows are 128 tokens shorter.
 """
 
+NUM_SCORE_PARTS = 16
+"""Parts that ``score_clusters`` deals a row's pages to: as many threads may score one
+row and KV head, and ``select_clusters`` merges them by one vector's work. A constant,
+as ``NUM_SPLITS``."""
+
 NUM_SPLITS = 8
 """Parts of a row's pages that ``sparse_decode`` attends to separately. A constant,
 so that a row's result does not depend on its batch."""
@@ -310,6 +315,7 @@ class ClusterKVCPUImpl(ClusterKVImpl):
             self.num_kv_heads,
             self.head_size,
             max_blocks * self.config.num_clusters,
+            lambda num_rows: NUM_SCORE_PARTS,
             lambda num_rows: NUM_SPLITS,
             block_table.device,
         )

@@ -72,6 +72,11 @@ ALWAYS_DENSE = np.iinfo(np.int32).max
 
 _MIN_SPLITS, _MAX_SPLITS = 3, 32
 
+SCORE_BLOCKS_PER_SM = 3
+"""Thread blocks of ``score_clusters`` that a multiprocessor gets."""
+
+_SCORE_WARPS = 4  # of such a thread block
+
 
 def crossover_len(num_reqs: int, num_kv_heads: int) -> int:
     """Tokens from which selecting pays.
@@ -109,6 +114,24 @@ def num_splits(num_reqs: int, num_kv_heads: int, num_sms: int) -> int:
     """
     wanted = 3 * num_sms // (num_reqs * num_kv_heads)
     return min(max(wanted, _MIN_SPLITS), _MAX_SPLITS)
+
+
+def num_score_parts(
+    num_reqs: int, num_kv_heads: int, num_sms: int, max_pages: int
+) -> int:
+    """Parts to which ``score_clusters`` deals a row's pages: a warp takes one.
+
+    Args:
+        num_reqs: Decode rows.
+        num_kv_heads: Of this rank.
+        num_sms: Multiprocessors.
+        max_pages: Pages of a row, at most.
+    """
+    wanted = SCORE_BLOCKS_PER_SM * num_sms // (num_reqs * num_kv_heads)
+    blocks = min(max(wanted, 1), max_pages)
+    # Equal shares: a page more on some of the warps would cost as much as on all.
+    pages_a_warp = -(-max_pages // (blocks * _SCORE_WARPS))
+    return -(-max_pages // pages_a_warp)
 
 
 class ClusterKVCUDABackend(ClusterKVBackend):
@@ -480,6 +503,12 @@ def _get_scratch(
             max_num_seqs,
             *shape,
             max_blocks * config.num_clusters,
+            partial(
+                num_score_parts,
+                num_kv_heads=num_kv_heads,
+                num_sms=num_sms,
+                max_pages=max_blocks,
+            ),
             partial(num_splits, num_kv_heads=num_kv_heads, num_sms=num_sms),
             device,
             MAX_SCRATCH_BYTES,

@@ -32,15 +32,16 @@ Shapes used throughout:
                   *dense*: it attends to all its tokens, and its pages need no index.
 
 ``max_clusters`` is ``max_blocks * num_clusters``; cluster ``c`` of a row's ``i``-th
-page has index ``i * num_clusters + c``. ``num_tiles`` is ``max_clusters / 16``, rounded
-up; *tile* ``t`` is clusters ``16 t`` to ``16 t + 15``. Entries beyond a row's indexed
-pages, and all of a dense row's, are neither read nor written. The last dimension of
-every tensor is dense. All tensors of a call are on one device.
+page has index ``i * num_clusters + c``. ``num_parts`` is any number from 1 up that the
+caller chooses: a row's ``i``-th page belongs to *part* ``i % num_parts``. Entries
+beyond a row's indexed pages, those of parts without such pages, and all of a dense
+row's, are neither read nor written. The last dimension of every tensor is dense. All
+tensors of a call are on one device.
 
 On CUDA devices, an op may start while the kernel before it ends (programmatic
 dependent launch), if that kernel lets it; those of torch do not. ``score_clusters``
 waits for all before it. ``select_clusters`` reads early all but scores and
-``tile_stats``, ``sparse_decode`` all but ``selected``. So ``sparse_decode`` must not
+``softmax_sums``, ``sparse_decode`` all but ``selected``. So ``sparse_decode`` must not
 come right behind ``score_clusters``, nor either of them behind a kernel that lets the
 next one start early and writes what they read.
 
@@ -130,7 +131,7 @@ def score_clusters(
     scale: float,
     num_sink_tokens: int,
     scores: torch.Tensor,
-    tile_stats: torch.Tensor,
+    softmax_sums: torch.Tensor,
     index_table: torch.Tensor | None = None,
 ) -> None:
     """Scores every cluster of every sparse row's indexed pages.
@@ -143,19 +144,18 @@ def score_clusters(
     query with ``key_deviations``, are rounded to the query's dtype (in fp16, squares of
     a 16th of the query, cut at 255; products cut at 65504).
 
-    For the softmax of the next op, ``tile_stats[r, h, t]`` is, of tile ``t``'s clusters
-    that have tokens, the max of ``scores`` and the sum of ``count[c] *
-    exp(scores[r, h, c] - max)``: ``(-inf, 0)`` if none has. A row's last tile may reach
-    beyond its clusters, which then count as empty; tiles that lie beyond them are not
-    written. Where such a score is NaN or infinite, both may be NaN.
+    For the softmax of the next op, ``softmax_sums[r, h, part]`` is, of the part's
+    clusters that have tokens, the max of ``scores`` and the sum of ``count[c] *
+    exp(scores[r, h, c] - max)``: ``(-inf, 0)`` if none has. Where such a score is NaN
+    or infinite, both may be NaN.
 
     Args:
         query: [num_reqs, num_heads, head_size], as kv_cache.
         scale: Softmax scale, 1 / sqrt(head_size) as a rule.
         num_sink_tokens: Unclustered rows at the start of a request's first page.
         scores: [num_reqs, num_heads, max_clusters] fp32, contiguous. Written.
-        tile_stats: [num_reqs, num_heads, num_tiles, 2] fp32, contiguous. Written: max
-            and sum of each tile.
+        softmax_sums: [num_reqs, num_heads, num_parts, 2] fp32, contiguous. Written: max
+            and sum of each part.
 
     Source: ClusterKV (arXiv 2412.03213), selection by inner product; the spread, and
     means of 4 bits, are this work.
@@ -170,14 +170,14 @@ def score_clusters(
         scale,
         num_sink_tokens,
         scores,
-        tile_stats,
+        softmax_sums,
         index_table,
     )
 
 
 def select_clusters(
     scores: torch.Tensor,
-    tile_stats: torch.Tensor,
+    softmax_sums: torch.Tensor,
     kv_cache: torch.Tensor,
     index: torch.Tensor,
     block_table: torch.Tensor,
@@ -202,7 +202,7 @@ def select_clusters(
     Args:
         scores: [num_reqs, num_heads, max_clusters] fp32, contiguous; from
             ``score_clusters``.
-        tile_stats: [num_reqs, num_heads, num_tiles, 2] fp32, contiguous; from
+        softmax_sums: [num_reqs, num_heads, num_parts, 2] fp32, contiguous; from
             ``score_clusters``, of these scores and with the same ``num_sink_tokens``.
         num_sink_tokens: Unclustered rows at the start of a request's first page.
         token_budget: Tokens, at least 1.
@@ -216,7 +216,7 @@ def select_clusters(
     """
     torch.ops.clusterkv.select_clusters.default(
         scores,
-        tile_stats,
+        softmax_sums,
         kv_cache,
         index,
         block_table,

@@ -28,9 +28,6 @@ from vllm_clusterkv import short_means
 BLOCK_SIZE = 256
 """Tokens a page. Fixed: a page is the unit of clustering and of prefix sharing."""
 
-TILE_CLUSTERS = 16
-"""Clusters that share an entry of ``tile_stats``: neighbours in a row's order."""
-
 LINE_ROWS = 8
 """Rows that are recalled from the host together, and their number in a page."""
 LINES_PER_PAGE = BLOCK_SIZE // LINE_ROWS
@@ -54,12 +51,6 @@ MASS_UNIT = 2**-20
 
 INDEX_UNIT = 512
 """Bytes that an entry of an ``index_table`` counts; pages are multiples of it."""
-
-
-def num_tiles(num_clusters: int) -> int:
-    """Tiles that hold so many clusters, the last one perhaps in part."""
-    return -(-num_clusters // TILE_CLUSTERS)
-
 
 CLUSTERS = (16, 32, 64)
 """Numbers of clusters that a page may have."""

@@ -14,9 +14,7 @@ from vllm_clusterkv.page_layout import (
     LINES_PER_PAGE,
     MASS_EVERY,
     MASS_UNIT,
-    TILE_CLUSTERS,
     IndexFields,
-    num_tiles,
 )
 
 SPREAD_WEIGHT, SPREAD_MOST = 0.75, 4.0
@@ -186,7 +184,7 @@ def score_clusters(
     scale,
     num_sink_tokens,
     scores,
-    tile_stats,
+    softmax_sums,
     index_table=None,
 ) -> None:
     """See ``ops.score_clusters``."""
@@ -204,35 +202,43 @@ def score_clusters(
             row = row + spread_score(query_squares(q), of_head, scale)
             counts = cluster_sizes(of_head.cluster_ends, num_sink_tokens)
             scores[req, head, : len(counts)] = row.flatten()
-            stats = softmax_stats(row.flatten(), counts)
-            tile_stats[req, head, : len(stats)] = stats
+            sums = sums_of_parts(
+                row.flatten(), counts, softmax_sums.shape[2], fields.num_clusters
+            )
+            softmax_sums[req, head, : len(sums)] = sums
 
 
-def softmax_stats(scores, counts) -> torch.Tensor:
-    """Max and sum of each tile's softmax.
+def sums_of_parts(scores, counts, num_parts, num_clusters) -> torch.Tensor:
+    """Max and sum of the softmax of each part's clusters.
 
     Args:
         scores: [..., num_row_clusters] fp32.
         counts: [num_row_clusters] int64.
+        num_parts: Page ``i`` belongs to part ``i % num_parts``.
+        num_clusters: Clusters a page.
 
     Returns:
-        [..., num_tiles, 2] fp32: max of the scores of clusters with tokens, and sum of
-        ``count * exp(score - max)``; -inf and 0 where a tile has no tokens.
+        [..., min(num_parts, num_pages), 2] fp32: max of the scores of clusters with
+        tokens, and sum of ``count * exp(score - max)``; -inf and 0 where a part has no
+        tokens.
     """
-    missing = num_tiles(len(counts)) * TILE_CLUSTERS - len(counts)
+    pages = torch.arange(len(counts), device=counts.device) // num_clusters
     logits = torch.where(counts > 0, scores, float("-inf"))
-    logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
-    counts = torch.nn.functional.pad(counts, (0, missing))
-    logits = logits.unflatten(-1, (-1, TILE_CLUSTERS))
-    highest = logits.amax(-1)
-    origin = torch.where(highest == float("-inf"), 0.0, highest)[..., None]
-    terms = counts.view(-1, TILE_CLUSTERS) * torch.exp(logits - origin)
-    return torch.stack([highest, terms.sum(-1)], -1)
+    found = scores.new_empty(
+        *scores.shape[:-1], min(num_parts, len(counts) // num_clusters), 2
+    )
+    for part in range(found.shape[-2]):
+        is_own = pages % num_parts == part
+        highest = logits[..., is_own].amax(-1)
+        origin = torch.where(highest == float("-inf"), 0.0, highest)[..., None]
+        terms = counts[is_own] * torch.exp(logits[..., is_own] - origin)
+        found[..., part, :] = torch.stack([highest, terms.sum(-1)], -1)
+    return found
 
 
 def select_clusters(
     scores,
-    tile_stats,
+    softmax_sums,
     kv_cache,
     index,
     block_table,
@@ -244,7 +250,7 @@ def select_clusters(
     num_attended,
     index_table=None,
 ) -> None:
-    """See ``ops.select_clusters``. Weights come from the scores, not ``tile_stats``."""
+    """See ``ops.select_clusters``. Weights come from the scores alone."""
     num_reqs, num_heads, _ = scores.shape
     num_kv_heads, block_size = kv_cache.shape[1:3]
     group = num_heads // num_kv_heads

@@ -68,9 +68,9 @@ def one_element_off(tensor):
 @pytest.mark.parametrize(
     ("name", "argument", "num_bytes"),
     [
-        ("score_clusters", "tile_stats", 8),
+        ("score_clusters", "softmax_sums", 8),
         ("select_clusters", "scores", 16),
-        ("select_clusters", "tile_stats", 8),
+        ("select_clusters", "softmax_sums", 8),
         ("select_clusters", "selected", 4),
         ("sparse_decode", "selected", 4),
         ("sparse_decode", "workspace", 8),

@@ -26,13 +26,13 @@ CASES = LONG + cases.IRREGULAR
 
 
 def outputs(inputs, module, case):
-    """Scores, tile_stats, selected, num_attended, and output with and
+    """Scores, softmax_sums, selected, num_attended, and output with and
     without tail."""
-    scores, stats = inputs.score_all(module)
-    selected, num_attended = inputs.select(module, scores, case.token_budget, stats)
+    scores, sums = inputs.score_all(module)
+    selected, num_attended = inputs.select(module, scores, case.token_budget, sums)
     return [
         scores,
-        stats,
+        sums,
         selected,
         num_attended,
         *(
@@ -120,8 +120,8 @@ HOST_CACHE = [
 @pytest.mark.parametrize(("name", "spoil", "message"), [*INDEX_TABLE, *HOST_CACHE])
 def test_bad_arguments_are_named(name, spoil, message):
     inputs = make_decode_inputs(cases.DecodeCase((900, 700), group=2)).spilled()
-    scores, stats = inputs.score_all(ops)
-    selected, _ = inputs.select(ops, scores, 100, stats)
+    scores, sums = inputs.score_all(ops)
+    selected, _ = inputs.select(ops, scores, 100, sums)
     args = inputs.decode_args(scores, selected)
     rejected(ops.sparse_decode, args, name, spoil, message)
     if name == "index_table":

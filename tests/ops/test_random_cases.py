@@ -53,8 +53,8 @@ def check_case(case, seed, device) -> list[float]:
     looser_by = check_index(case, inputs.pages, block_ids, sinks)
     before = inputs.pages.buffer.clone()
     batch = BatchedReference(inputs)
-    scores, tile_stats = check_scores(inputs, batch)
-    selected = check_selection(case, inputs, batch, scores, tile_stats)
+    scores, softmax_sums = check_scores(inputs, batch)
+    selected = check_selection(case, inputs, batch, scores, softmax_sums)
     check_decode(case, inputs, batch, scores, selected)
     assert torch.equal(inputs.pages.buffer, before)
     return looser_by
@@ -189,17 +189,17 @@ def tightness(keys, labels, num_clusters) -> torch.Tensor:
 
 
 def check_scores(inputs, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    scores, tile_stats = inputs.score_all(ops)
+    scores, softmax_sums = inputs.score_all(ops)
     expected, bound = batch.scores()
     live = batch.live[:, None].expand_as(scores)
     assert_within(scores[live], expected[live], bound[live])
     assert (scores[~live] == float("inf")).all()
-    by_reference = inputs.tile_stats(scores)
-    assert_same_bits(tile_stats[..., 0], by_reference[..., 0])
+    by_reference = inputs.softmax_sums(scores)
+    assert_same_bits(softmax_sums[..., 0], by_reference[..., 0])
     torch.testing.assert_close(
-        tile_stats[..., 1], by_reference[..., 1], rtol=5e-6, atol=0, equal_nan=True
+        softmax_sums[..., 1], by_reference[..., 1], rtol=5e-6, atol=0, equal_nan=True
     )
-    return scores, tile_stats
+    return scores, softmax_sums
 
 
 def assert_within(actual, expected, bound) -> None:
@@ -216,9 +216,9 @@ def assert_within(actual, expected, bound) -> None:
     )
 
 
-def check_selection(case, inputs, batch, scores, tile_stats) -> torch.Tensor:
+def check_selection(case, inputs, batch, scores, softmax_sums) -> torch.Tensor:
     budget = case.token_budget
-    selected, num_attended = inputs.select(ops, scores, budget, tile_stats)
+    selected, num_attended = inputs.select(ops, scores, budget, softmax_sums)
     live = batch.live[:, None].expand_as(selected)
     assert (selected[~live] == UNTOUCHED).all() and (selected[live] <= 1).all()
     chosen = (selected == 1) & live

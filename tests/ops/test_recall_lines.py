@@ -98,8 +98,8 @@ def step(inputs, case, seed: int):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(inputs.query.shape, generator=generator).to(inputs.query.device)
     inputs.query = (inputs.query.float() + noise).to(inputs.query.dtype)
-    scores, stats = inputs.score_all(ops)
-    return scores, inputs.select(ops, scores, case.token_budget, stats)[0]
+    scores, sums = inputs.score_all(ops)
+    return scores, inputs.select(ops, scores, case.token_budget, sums)[0]
 
 
 @pytest.mark.parametrize("num_hot_blocks", [1, 2, 12])

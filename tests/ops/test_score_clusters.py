@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vllm_clusterkv project
 """``score_clusters`` is the reference's products, in fp32 and to its last bits.
 
-Its ``tile_stats`` are those of the scores it wrote: max to the bit, sum to rounding.
+Its ``softmax_sums`` are those of the scores it wrote: max to the bit, sum to rounding.
 """
 
-from math import exp
+from math import exp, inf, nan
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.support.bad_arguments import (
     PAGES,
     QUERY,
     ROWS,
-    TILE_STATS,
+    SOFTMAX_SUMS,
     longer,
     per_cluster,
     rejected,
@@ -26,7 +26,7 @@ from vllm_clusterkv import ops, reference, short_means
 from vllm_clusterkv.page_layout import PageLayout
 
 SMALL = cases.DecodeCase((257, 300), group=2)
-SUM_TOLERANCE = 5e-6  # relative, of 16 terms by fast exponentials
+SUM_TOLERANCE = 5e-6  # relative, of some hundred terms by fast exponentials
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
@@ -108,7 +108,6 @@ def test_elements_are_read_exactly(num_clusters, dtype, device):
     expected = fields.mean_keys()[:num_pages, 0].flatten(0, 1).T  # [64, clusters]
     pages = pages.to(device)
     scores = torch.empty(4, 16, (num_pages + 1) * num_clusters, device=device)
-    num_stats = (num_pages + 1) * num_clusters // 16
     ops.score_clusters(
         query=torch.eye(64, dtype=dtype, device=device).view(4, 16, 64),
         **pages.args(),
@@ -118,7 +117,7 @@ def test_elements_are_read_exactly(num_clusters, dtype, device):
         scale=1.0,
         num_sink_tokens=0,
         scores=scores,
-        tile_stats=torch.empty(4, 16, num_stats, 2, device=device),
+        softmax_sums=torch.empty(4, 16, 3, 2, device=device),
     )
     found = scores.flatten(0, 1).cpu()
     assert torch.equal(found[:, : expected.shape[1]], expected)
@@ -126,7 +125,6 @@ def test_elements_are_read_exactly(num_clusters, dtype, device):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_infinities_and_nans_reach_the_scores(dtype, device):
-    inf, nan = float("inf"), float("nan")
     inputs = make_decode_inputs(cases.DecodeCase((257,), dtype, num_kv_heads=1))
     block = inputs.block_table[0, 0]
     steps = inputs.pages.fields.key_steps[block, 0]
@@ -171,13 +169,29 @@ def test_products_beyond_fp16(size, device):
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
-def test_tile_stats_are_those_of_the_scores(case, device):
+def test_softmax_sums_are_those_of_the_scores(case, device):
     inputs = make_decode_inputs(case)
     scores, actual = inputs.to(device).score_all(ops)
-    assert_stats(actual, inputs.tile_stats(scores.cpu()))
+    assert_sums(actual, inputs.softmax_sums(scores.cpu()))
 
 
-def assert_stats(actual, expected):
+@pytest.mark.parametrize("num_parts", [1, 2, 4, 5, 6, 40, 1000])
+def test_softmax_sums_of_any_number_of_parts(num_parts, device):
+    inputs = make_decode_inputs(
+        cases.DecodeCase(
+            (1500, 1281, 0, 300, 700),
+            group=5,
+            num_parts=num_parts,
+            min_sparse_lens=(0, 0, 0, 0, 701),
+        )
+    )
+    before = inputs.to(device).score(ops)
+    scores, actual = inputs.to(device).score_all(ops)
+    assert_same_bits(scores, before)
+    assert_sums(actual, inputs.softmax_sums(scores.cpu()))
+
+
+def assert_sums(actual, expected):
     """NaN is what the op must not write."""
     actual = actual.cpu()
     assert_same_bits(actual[..., 0], expected[..., 0])
@@ -186,7 +200,7 @@ def assert_stats(actual, expected):
     )
 
 
-def one_hot_inputs(num_pages, tokens_per_cluster, num_sink_tokens, logits):
+def one_hot_inputs(num_pages, tokens_per_cluster, num_sink_tokens, logits, num_parts=3):
     """One row and head, whose cluster ``c`` has the score ``logits[c]``: no spread."""
     case = cases.DecodeCase(
         (num_pages * 256 + 1,),
@@ -194,6 +208,7 @@ def one_hot_inputs(num_pages, tokens_per_cluster, num_sink_tokens, logits):
         group=1,
         tokens_per_cluster=tokens_per_cluster,
         num_sink_tokens=num_sink_tokens,
+        num_parts=num_parts,
     )
     inputs = make_decode_inputs(case)
     inputs.scale = 1.0
@@ -252,51 +267,63 @@ def test_squares_beyond_fp16(size, device):
     assert_close(actual, expected, scores_by_einsum(inputs))
 
 
-def test_a_warp_of_many_tiles(device):
-    """So many rows and heads that a GPU's warps score tile after tile."""
+def test_a_warp_of_many_pages(device):
+    """Many rows and heads in so few parts that a GPU's warps score page after page."""
     inputs = make_decode_inputs(
-        cases.DecodeCase((1281, 257, 1025) * 24, num_kv_heads=8, group=1)
+        cases.DecodeCase((1281, 257, 1025) * 24, num_kv_heads=8, group=1, num_parts=2)
     )
     actual = inputs.to(device).score(ops)
     assert_close(actual, inputs.score(reference), scores_by_einsum(inputs))
 
 
-def test_tile_stats_by_hand(device):
+OF_FIRST_PAGE = 112 + 128 * exp(-1)
+
+
+@pytest.mark.parametrize(
+    ("num_parts", "expected"),
+    [
+        (1, [[2, OF_FIRST_PAGE * exp(-1) + 256 * exp(-5) + 256]]),
+        (2, [[2, OF_FIRST_PAGE * exp(-1) + 256], [-3, 256]]),
+        (3, [[1, OF_FIRST_PAGE], [-3, 256], [2, 256]]),
+        (4, [[1, OF_FIRST_PAGE], [-3, 256], [2, 256], [nan, nan]]),
+    ],
+)
+def test_softmax_sums_by_hand(num_parts, expected, device):
     """Sinks, empty clusters with the best scores."""
-    logits = [1.0, 9, *[1] * 6, *[0] * 8, *[-3] * 16]
-    inputs, blocks = one_hot_inputs(2, 16, 16, logits)
-    ends = torch.arange(16, 257, 16).repeat(2, 1)
+    logits = [1.0, 9, *[1] * 6, *[0] * 8, *[-3] * 16, *[2] * 16]
+    inputs, blocks = one_hot_inputs(3, 16, 16, logits, num_parts)
+    ends = torch.arange(16, 257, 16).repeat(3, 1)
     ends[0, :2] = torch.tensor([32, 32])  # cluster 1 is empty
     inputs.pages.cluster_ends[blocks, 0] = ends.short()
-    _, stats = inputs.to(device).score_all(ops)
-    assert stats.shape == (1, 1, 4, 2)
-    torch.testing.assert_close(
-        stats[0, 0, 0].cpu(), torch.tensor([1, 112 + 128 * exp(-1)])
-    )
-    assert stats[0, 0, 1].tolist() == [-3, 256]
-    assert stats[0, 0, 2].isnan().all()
+    _, sums = inputs.to(device).score_all(ops)
+    torch.testing.assert_close(sums[0, 0].cpu(), torch.tensor(expected), equal_nan=True)
 
 
-def test_a_tile_without_tokens(device):
-    """In front of the tokens, where sinks end exactly there, and behind them."""
-    inputs, blocks = one_hot_inputs(2, 8, 16, [5.0] * 64)
-    ends = torch.full((2, 32), 256)
-    ends[0, :16] = 16  # its first tile holds nothing behind the sinks
-    ends[1, :16] = torch.arange(16, 257, 16)
+@pytest.mark.parametrize(
+    ("num_parts", "expected"),
+    [
+        (1, [[5, 256]]),
+        (2, [[-inf, 0], [5, 256]]),
+        (3, [[-inf, 0], [5, 256], [-inf, 0]]),
+    ],
+)
+def test_a_part_without_tokens(num_parts, expected, device):
+    """Of pages without clustered tokens: in front of others, and behind them."""
+    inputs, blocks = one_hot_inputs(3, 8, 16, [5.0] * 96, num_parts)
+    ends = torch.arange(8, 257, 8).repeat(3, 1)
+    ends[0], ends[2] = 16, 0
     inputs.pages.cluster_ends[blocks, 0] = ends.short()
-    _, stats = inputs.to(device).score_all(ops)
-    inf = float("inf")
-    assert stats[0, 0, :4].tolist() == [[-inf, 0], [5, 240], [5, 256], [-inf, 0]]
-    assert stats[0, 0, 4:].isnan().all()
+    _, sums = inputs.to(device).score_all(ops)
+    assert sums[0, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4, 1e30])
-def test_tile_stats_of_any_spread(scale, device):
+def test_softmax_sums_of_any_spread(scale, device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 600), group=3))
     inputs.scale = scale
     scores, actual = inputs.to(device).score_all(ops)
     assert actual[:, :, :2].isfinite().all()
-    assert_stats(actual, inputs.tile_stats(scores.cpu()))
+    assert_sums(actual, inputs.softmax_sums(scores.cpu()))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +333,7 @@ def test_tile_stats_of_any_spread(scale, device):
         *ROWS,
         *QUERY,
         *per_cluster("scores", "Float"),
-        *TILE_STATS,
+        *SOFTMAX_SUMS,
         ("scores", longer(1), r"scores.size\(1\) must equal its number of heads"),
         ("num_sink_tokens", lambda _: -1, r"must be 0 to block_size - 1 .* got -1"),
         ("num_sink_tokens", lambda _: 256, r"0 to block_size - 1 \(255\), got 256"),

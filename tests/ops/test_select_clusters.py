@@ -9,7 +9,7 @@ from tests.support import cases
 from tests.support.bad_arguments import (
     PAGES,
     ROWS,
-    TILE_STATS,
+    SOFTMAX_SUMS,
     doubled,
     flattened,
     longer,
@@ -89,6 +89,18 @@ def assert_fewest_heaviest(selected, weights, sizes, token_budget):
     taken = sizes[chosen].sum()
     lightest = sizes[chosen & (weights <= last * (1 + NEAR_TIE))].max()
     assert taken - lightest < token_budget <= taken
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 5, 6, 40, 1000])
+def test_any_number_of_parts_gives_the_same_selection(num_parts, device):
+    inputs = make_decode_inputs(
+        cases.DecodeCase((1500, 300), group=3, num_parts=num_parts)
+    )
+    scores = inputs.score(reference)
+    expected = inputs.select(reference, scores, 100)
+    actual = inputs.to(device).select(ops, scores, 100)
+    for is_, should_be in zip(actual, expected, strict=True):
+        assert_same_bits(is_, should_be)
 
 
 def equal_pages(num_pages, **options):
@@ -193,21 +205,21 @@ def test_dense_rows_attend_to_everything_and_select_nothing(device):
 
 def test_a_row_does_not_depend_on_its_batch(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500, 0, 257, 600))).to(device)
-    scores, stats = inputs.score_all(ops)
-    selected, num_attended = inputs.select(ops, scores, 100, stats)
+    scores, sums = inputs.score_all(ops)
+    selected, num_attended = inputs.select(ops, scores, 100, sums)
     for req in range(4):
         row = slice(req, req + 1)
-        alone = inputs.only(req).select(ops, scores[row], 100, stats[row])
+        alone = inputs.only(req).select(ops, scores[row], 100, sums[row])
         assert_same_bits(alone[0][0], selected[req])
         assert_same_bits(alone[1][0], num_attended[req])
 
 
 def test_a_larger_budget_only_adds_clusters(device):
     inputs = make_decode_inputs(cases.DecodeCase((1500,))).to(device)
-    scores, stats = inputs.score_all(ops)
+    scores, sums = inputs.score_all(ops)
     before = torch.zeros_like(scores[:, :2], dtype=torch.uint8)
     for token_budget in (1, 16, 17, 100, 500, 1263, 1264, 2000):
-        selected, _ = inputs.select(ops, scores, token_budget, stats)
+        selected, _ = inputs.select(ops, scores, token_budget, sums)
         assert (selected >= before).all()
         before = selected
 
@@ -219,7 +231,7 @@ def test_a_larger_budget_only_adds_clusters(device):
         *ROWS,
         *per_cluster("scores", "Float"),
         *per_cluster("selected", "Byte"),
-        *TILE_STATS,
+        *SOFTMAX_SUMS,
         ("scores", longer(1), r"a multiple of num_kv_heads \(2\), got 5"),
         ("selected", longer(1), r"selected.size\(1\) must equal its number of heads"),
         ("num_attended", flattened, r"num_attended must have 2 dimensions, got 1"),

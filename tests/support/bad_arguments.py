@@ -103,14 +103,18 @@ QUERY = [
 ]
 
 
-TILE_STATS = [
-    ("tile_stats", flattened, r"tile_stats must have 4 dimensions, got 1"),
-    ("tile_stats", doubled, r"tile_stats must have dtype Float, got Double"),
-    ("tile_stats", longer(0), r"tile_stats.size\(0\) must equal num_reqs \(2\), got 3"),
-    ("tile_stats", longer(1), r"tile_stats.size\(1\) must equal num_heads \(4\)"),
-    ("tile_stats", longer(2), r"tile_stats.size\(2\) must equal max_clusters / 16"),
-    ("tile_stats", longer(3), r"tile_stats.size\(3\) must equal max and sum \(2\)"),
-    ("tile_stats", padded, r"tile_stats must be contiguous"),
+SOFTMAX_SUMS = [
+    ("softmax_sums", flattened, r"softmax_sums must have 4 dimensions, got 1"),
+    ("softmax_sums", doubled, r"softmax_sums must have dtype Float, got Double"),
+    ("softmax_sums", longer(0), r"softmax_sums.size\(0\) must equal num_reqs \(2\)"),
+    ("softmax_sums", longer(1), r"softmax_sums.size\(1\) must equal num_heads \(4\)"),
+    (
+        "softmax_sums",
+        with_size(2, 0),
+        r"softmax_sums.size\(2\), the parts, must be at least 1",
+    ),
+    ("softmax_sums", longer(3), r"softmax_sums.size\(3\) must equal max and sum"),
+    ("softmax_sums", padded, r"softmax_sums must be contiguous"),
 ]
 
 

@@ -27,6 +27,8 @@ class DecodeCase:
     Attributes:
         seq_lens: Tokens of each row; 0 is a padding row.
         group: Query heads a KV head.
+        num_parts: Parts that ``score_clusters`` deals a row's pages to.
+        num_splits: Parts that ``sparse_decode`` splits a row into.
         min_sparse_lens: Of each row; none for rows that are all sparse.
     """
 
@@ -38,6 +40,7 @@ class DecodeCase:
     tokens_per_cluster: int = 8
     num_sink_tokens: int = 16
     token_budget: int = 100
+    num_parts: int = 3
     num_splits: int = 2
     min_sparse_lens: tuple[int, ...] = ()
 
@@ -49,7 +52,7 @@ class DecodeCase:
         return (
             f"{lens}-{dtype}-d{self.head_size}-h{self.num_kv_heads}x{self.group}"
             f"-c{self.tokens_per_cluster}-s{self.num_sink_tokens}-b{self.token_budget}"
-            f"-n{self.num_splits}"
+            f"-p{self.num_parts}-n{self.num_splits}"
         )
 
 
@@ -60,26 +63,34 @@ REGULAR = [
 ]
 
 IRREGULAR = [
-    DecodeCase((1500, 0, 257), FP16, head_size=80, num_splits=3),
-    DecodeCase((1500, 0, 257), FP16, head_size=96, num_splits=3),
-    DecodeCase((600,), FP16, group=1, num_kv_heads=3, num_splits=1),
+    DecodeCase((1500, 0, 257), FP16, head_size=80, num_parts=1, num_splits=3),
+    DecodeCase((1500, 0, 257), FP16, head_size=96, num_parts=1, num_splits=3),
+    DecodeCase((600,), FP16, group=1, num_kv_heads=3, num_parts=2, num_splits=1),
     DecodeCase((600, 530), group=3, tokens_per_cluster=4, token_budget=250),
     DecodeCase((900, 300), FP32, group=7, num_sink_tokens=0, tokens_per_cluster=16),
     DecodeCase((900, 300), group=7, num_sink_tokens=0, tokens_per_cluster=16),
     DecodeCase((600,), group=16, num_kv_heads=1, num_sink_tokens=0, num_splits=7),
-    DecodeCase((1029, 517, 1285), FP16, tokens_per_cluster=4, num_sink_tokens=1),
-    DecodeCase((1537, 1536), head_size=128, num_sink_tokens=128, num_splits=16),
+    DecodeCase(
+        (1029, 517, 1285),
+        FP16,
+        tokens_per_cluster=4,
+        num_sink_tokens=1,
+        num_parts=2,
+    ),
+    DecodeCase(
+        (1537, 1536), head_size=128, num_sink_tokens=128, num_parts=16, num_splits=16
+    ),
 ]
 
 CORNER = [
     DecodeCase((0, 1, 2, 255, 256, 257), FP32, group=1),
     DecodeCase((0, 1, 2, 255, 256, 257), FP16, group=1),
     DecodeCase((511, 512, 513, 0), FP16, group=2),
-    DecodeCase((256, 257, 258), num_sink_tokens=0, num_splits=5),
+    DecodeCase((256, 257, 258), num_sink_tokens=0, num_parts=1, num_splits=5),
     DecodeCase((0, 0)),
     DecodeCase(()),
-    DecodeCase((700, 1300), FP32, token_budget=1),
-    DecodeCase((700, 1300), FP16, token_budget=1),
+    DecodeCase((700, 1300), FP32, token_budget=1, num_parts=4),
+    DecodeCase((700, 1300), FP16, token_budget=1, num_parts=4),
     DecodeCase((769,), FP16, token_budget=3 * 256 - 16),  # exactly the clustered tokens
     DecodeCase((769,), FP16, token_budget=3 * 256 - 17),
     DecodeCase((769, 3), FP16, token_budget=10**6),
@@ -89,7 +100,12 @@ DENSE = [  # at least one dense row
     DecodeCase((700, 700, 0), min_sparse_lens=(700, 701, 700)),
     DecodeCase((700, 1300, 600), FP32, min_sparse_lens=(2**30, 1301, 600)),
     DecodeCase((1, 255, 256, 257, 512, 513), FP16, min_sparse_lens=(INT_MAX,) * 6),
-    DecodeCase((0, 1, 257, 1537), min_sparse_lens=(0, 2, 258, 1537), head_size=128),
+    DecodeCase(
+        (0, 1, 257, 1537),
+        min_sparse_lens=(0, 2, 258, 1537),
+        head_size=128,
+        num_parts=40,
+    ),
     DecodeCase((1536, 900), FP16, group=16, min_sparse_lens=(INT_MAX, 900)),
     DecodeCase((1100, 40), group=3, num_splits=7, min_sparse_lens=(1101, 41)),
 ]

@@ -16,7 +16,6 @@ from vllm_clusterkv.page_layout import (
     INDEX_UNIT,
     IndexFields,
     PageLayout,
-    num_tiles,
 )
 
 POISON_BYTE = -1  # bytes of 0xff: NaN in every float dtype, -1 as a cluster end
@@ -99,7 +98,7 @@ class DecodeInputs:
 
     The methods that run an op take the module that implements it, ``ops`` or
     ``reference``, and return fresh outputs. What is not written stays infinite in
-    scores (so that a NaN, which poison gives, shows), NaN in tile_stats
+    scores (so that a NaN, which poison gives, shows), NaN in softmax_sums
     (so that one that is read shows), ``UNTOUCHED`` in selections.
     """
 
@@ -112,6 +111,7 @@ class DecodeInputs:
     num_sink_tokens: int
     index_table: torch.Tensor | None = None  # [num_reqs, max_blocks] int32
     host_cache: torch.Tensor | None = None  # [num_host_pages, ...] as kv_cache
+    num_parts: int = 3  # of softmax_sums
 
     def to(self, device: str) -> "DecodeInputs":
         """A copy on ``device`` whose query and tables are strided views."""
@@ -130,6 +130,7 @@ class DecodeInputs:
             self.num_sink_tokens,
             index_table,
             host_cache,
+            self.num_parts,
         )
 
     def only(self, req: int) -> "DecodeInputs":
@@ -145,6 +146,7 @@ class DecodeInputs:
             self.num_sink_tokens,
             None if self.index_table is None else self.index_table[rows],
             self.host_cache,
+            self.num_parts,
         )
 
     def spilled(self, seed: int = 0) -> "DecodeInputs":
@@ -229,22 +231,21 @@ class DecodeInputs:
             "scale": self.scale,
             "num_sink_tokens": self.num_sink_tokens,
             "scores": self._per_cluster(*per_head),
-            "tile_stats": self._no_stats(),
+            "softmax_sums": self._no_sums(),
             **self._index_args(),
         }
 
     def _index_args(self) -> dict:
         return {} if self.index_table is None else {"index_table": self.index_table}
 
-    def _no_stats(self) -> torch.Tensor:
-        """[num_reqs, num_heads, num_tiles, 2], all NaN."""
-        max_clusters = self.block_table.shape[1] * self.pages.layout.num_clusters
-        shape = (*self.query.shape[:2], num_tiles(max_clusters), 2)
+    def _no_sums(self) -> torch.Tensor:
+        """[num_reqs, num_heads, num_parts, 2], all NaN."""
+        shape = (*self.query.shape[:2], self.num_parts, 2)
         return torch.full(shape, float("nan"), device=self.query.device)
 
-    def tile_stats(self, scores: torch.Tensor) -> torch.Tensor:
+    def softmax_sums(self, scores: torch.Tensor) -> torch.Tensor:
         """The reference's of these scores; NaN where an op must not write."""
-        scores, stats = scores.to(self.query.device), self._no_stats()
+        scores, sums = scores.to(self.query.device), self._no_sums()
         num_kv_heads = self.pages.layout.num_kv_heads
         of_kv_head = scores.unflatten(1, (num_kv_heads, -1))
         for req in range(len(scores)):
@@ -253,26 +254,29 @@ class DecodeInputs:
                 sizes = reference.cluster_sizes(
                     self.pages.cluster_ends[blocks, head], self.num_sink_tokens
                 )
-                found = reference.softmax_stats(
-                    of_kv_head[req, head, :, : len(sizes)], sizes
+                found = reference.sums_of_parts(
+                    of_kv_head[req, head, :, : len(sizes)],
+                    sizes,
+                    self.num_parts,
+                    self.pages.layout.num_clusters,
                 )
-                heads = stats[req].unflatten(0, (num_kv_heads, -1))[head]
+                heads = sums[req].unflatten(0, (num_kv_heads, -1))[head]
                 heads[:, : found.shape[1]] = found
-        return stats
+        return sums
 
     def select_args(
         self,
         scores: torch.Tensor,
         token_budget: int,
-        tile_stats: torch.Tensor | None = None,
+        softmax_sums: torch.Tensor | None = None,
     ) -> dict:
-        """Without ``tile_stats``, those of the scores."""
+        """Without ``softmax_sums``, those of the scores."""
         num_kv_heads = self.pages.layout.num_kv_heads
-        if tile_stats is None:
-            tile_stats = self.tile_stats(scores)
+        if softmax_sums is None:
+            softmax_sums = self.softmax_sums(scores)
         return {
             "scores": scores.to(self.query.device),
-            "tile_stats": tile_stats.to(self.query.device),
+            "softmax_sums": softmax_sums.to(self.query.device),
             **self._shared_args(),
             "num_sink_tokens": self.num_sink_tokens,
             "token_budget": token_budget,
@@ -316,15 +320,15 @@ class DecodeInputs:
         return self.score_all(module)[0]
 
     def score_all(self, module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and tile_stats."""
+        """Scores and softmax_sums."""
         args = self.score_args()
         module.score_clusters(**args)
-        return args["scores"], args["tile_stats"]
+        return args["scores"], args["softmax_sums"]
 
     def select(
-        self, module, scores, token_budget, tile_stats=None
+        self, module, scores, token_budget, softmax_sums=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        args = self.select_args(scores, token_budget, tile_stats)
+        args = self.select_args(scores, token_budget, softmax_sums)
         module.select_clusters(**args)
         return args["selected"], args["num_attended"]
 
@@ -378,6 +382,7 @@ def make_decode_inputs(case, seed: int = 0) -> DecodeInputs:
         torch.tensor(min_sparse_lens, dtype=torch.int32),
         case.head_size**-0.5,
         case.num_sink_tokens,
+        num_parts=case.num_parts,
     )
 
 

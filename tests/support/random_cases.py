@@ -76,6 +76,7 @@ def draw_case(seed: int, device: str) -> RandomCase:
         spread=rng.choice([1.0, 1.0, 3.0, 10.0]),
         has_gaps=rng.random() < 0.5,
         key_noise=rng.choice([0.3, 1.0, 3.0]),
+        num_parts=rng.choice([1, 2, 3, 16, MAX_CONTEXT]),
     )
 
 
@@ -134,6 +135,7 @@ def make_random_inputs(
         torch.tensor(case.min_sparse_lens, dtype=torch.int32, device=device),
         case.spread * case.head_size**-0.5,
         case.num_sink_tokens,
+        num_parts=case.num_parts,
     )
     return inputs, *to_index.T.contiguous()
 
