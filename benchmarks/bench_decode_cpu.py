@@ -39,10 +39,11 @@ from traffic import mean_value_bytes, scored_bytes
 
 from vllm_clusterkv import ops
 from vllm_clusterkv.config import ClusterKVConfig
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_SPLITS = 8  # backend.NUM_SPLITS; not imported, so that --no-vllm needs no vLLM
+# cpu_backend's; not imported, so that --no-vllm needs no vLLM
+NUM_SCORE_PARTS, NUM_SPLITS = 16, 8
 CPU_ATTN_BLOCK_SIZE = 128  # what vLLM gives CPU_ATTN unless told otherwise
 CONFIG = ClusterKVConfig()
 
@@ -163,7 +164,7 @@ class Semantic:
         self.all_sparse = torch.zeros(batch, dtype=torch.int32)
         self.all_dense = torch.full((batch,), 2**31 - 1, dtype=torch.int32)
         self.scores = torch.zeros(batch, heads, max_clusters)
-        self.tile_stats = torch.zeros(batch, heads, num_tiles(max_clusters), 2)
+        self.softmax_sums = torch.zeros(batch, heads, NUM_SCORE_PARTS, 2)
         self.selected = torch.zeros(batch, kv_heads, max_clusters, dtype=torch.uint8)
         self.num_attended = torch.zeros(batch, kv_heads, dtype=torch.int32)
         self.workspace = torch.empty(batch, heads, NUM_SPLITS, size + 2)
@@ -183,12 +184,12 @@ class Semantic:
                 self.scale,
                 CONFIG.num_sink_tokens,
                 self.scores,
-                self.tile_stats,
+                self.softmax_sums,
             )
             scored = time.perf_counter_ns()
             ops.select_clusters(
                 self.scores,
-                self.tile_stats,
+                self.softmax_sums,
                 *layer.index,
                 *rows,
                 CONFIG.num_sink_tokens,

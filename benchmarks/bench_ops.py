@@ -40,7 +40,15 @@ from pathlib import Path
 
 import torch
 from gpu_baselines import BASELINES, Baseline, Unavailable
-from gpu_layers import Case, IndexCall, LayerProducts, Layers, OpCalls, num_splits
+from gpu_layers import (
+    Case,
+    IndexCall,
+    LayerProducts,
+    Layers,
+    OpCalls,
+    num_score_parts,
+    num_splits,
+)
 from gpu_timing import Call, Timing, gpu_machine, measure_bandwidth, take_turns
 from timing import command_line, positive
 from traffic import Load, Shape, bytes_owed
@@ -94,7 +102,9 @@ def make_case(
 ) -> Case:
     shape = Shape(num_clusters=config.num_clusters)
     splits = args.num_splits or num_splits(batch_size, shape, args.device)
-    return Case(shape, context_len, batch_size, config, args.max_model_len, splits)
+    max_len = args.max_model_len
+    parts = num_score_parts(batch_size, shape, args.device, max_len)
+    return Case(shape, context_len, batch_size, config, max_len, parts, splits)
 
 
 def difference(output: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

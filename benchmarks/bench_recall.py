@@ -40,7 +40,7 @@ from pathlib import Path
 
 import torch
 from engine import draw
-from gpu_layers import Case, Layers, OpCalls, num_splits
+from gpu_layers import Case, Layers, OpCalls, num_score_parts, num_splits
 from gpu_timing import Call, Timing, gpu_machine, host_copy_bandwidth, take_turns
 from recall_layers import (
     SpilledLayers,
@@ -67,7 +67,9 @@ def make_case(args: argparse.Namespace, batch_size: int) -> Case:
     shape = Shape(num_clusters=config.num_clusters)
     splits = num_splits(batch_size, shape, args.device)
     length = args.context_len
-    return Case(shape, length, batch_size, config, args.max_model_len, splits)
+    max_len = args.max_model_len
+    parts = num_score_parts(batch_size, shape, args.device, max_len)
+    return Case(shape, length, batch_size, config, max_len, parts, splits)
 
 
 def num_layers(case: Case, args: argparse.Namespace) -> int:

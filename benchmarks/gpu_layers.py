@@ -10,13 +10,13 @@ from traffic import Load, Shape
 
 from vllm_clusterkv import backend, ops
 from vllm_clusterkv.config import ClusterKVConfig
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
 INT32_MAX = 2**31 - 1
 _TOKENS_A_TOPIC = 8
 _NUM_TOPICS = 64
 _PAGES_AT_ONCE = 256
-CPU_NUM_SPLITS = 8
+CPU_NUM_SCORE_PARTS, CPU_NUM_SPLITS = 16, 8
 MAX_SCRATCH_BYTES = 256 << 20
 
 
@@ -33,6 +33,7 @@ class Case:
     batch_size: int
     config: ClusterKVConfig
     max_model_len: int
+    num_score_parts: int
     num_splits: int
 
     @property
@@ -194,6 +195,22 @@ class Layers:
                 )
 
 
+def num_score_parts(
+    batch_size: int, shape: Shape, device: str, max_model_len: int
+) -> int:
+    """What the backend takes for a batch."""
+    if device == "cpu":
+        return CPU_NUM_SCORE_PARTS
+    from vllm_clusterkv import cuda_backend
+
+    return cuda_backend.num_score_parts(
+        batch_size,
+        shape.num_kv_heads,
+        torch.cuda.get_device_properties(device).multi_processor_count,
+        -(-max_model_len // BLOCK_SIZE),
+    )
+
+
 def num_splits(batch_size: int, shape: Shape, device: str) -> int:
     """What the backend takes for a batch."""
     if device == "cpu":
@@ -213,6 +230,7 @@ def make_scratch(case: Case, max_blocks: int, device: str) -> backend.DecodeScra
         shape.num_kv_heads,
         shape.head_size,
         max_blocks * case.config.num_clusters,
+        lambda num_reqs: case.num_score_parts,
         lambda num_reqs: case.num_splits,
         torch.device(device),
         MAX_SCRATCH_BYTES,
@@ -230,8 +248,9 @@ class OpCalls:
         max_clusters = layers.block_table.shape[1] * case.config.num_clusters
         new = query.new_zeros
         self.scores = new((batch, heads, max_clusters), dtype=torch.float32)
-        tiles = num_tiles(max_clusters)
-        self.tile_stats = new((batch, heads, tiles, 2), dtype=torch.float32)
+        self.softmax_sums = new(
+            (batch, heads, case.num_score_parts, 2), dtype=torch.float32
+        )
         self.selected = new((batch, kv_heads, max_clusters), dtype=torch.uint8)
         self.num_attended = new((batch, kv_heads), dtype=torch.int32)
         self.workspace = new(
@@ -250,6 +269,7 @@ class OpCalls:
             case.context_len,
             self.num_attended.float().mean().item(),
             self.selected[..., :num_clusters].sum(-1).float().mean().item(),
+            num_score_parts=case.num_score_parts,
         )
 
     def score_clusters(self, layer_idx: int) -> None:
@@ -261,14 +281,14 @@ class OpCalls:
             layers.case.scale,
             layers.case.config.num_sink_tokens,
             self.scores,
-            self.tile_stats,
+            self.softmax_sums,
         )
 
     def select_clusters(self, layer_idx: int) -> None:
         layers, config = self.layers, self.layers.case.config
         ops.select_clusters(
             self.scores,
-            self.tile_stats,
+            self.softmax_sums,
             *layers.index(layer_idx),
             *layers.rows(layers.all_sparse),
             config.num_sink_tokens,

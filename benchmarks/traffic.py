@@ -12,7 +12,7 @@ import torch
 
 from vllm_clusterkv import short_means
 from vllm_clusterkv.config import ClusterKVConfig
-from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout, num_tiles
+from vllm_clusterkv.page_layout import BLOCK_SIZE, PageLayout
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Load:
         attended: Tokens attended to exactly, a row and KV head (mean).
         selected: Clusters attended to exactly, a row and KV head (mean).
         num_pages: Pages that ``index_pages`` indexes.
+        num_score_parts: Parts that ``score_clusters`` deals a row's pages to.
     """
 
     batch_size: int
@@ -44,6 +45,7 @@ class Load:
     attended: float = 0
     selected: float = 0
     num_pages: int = 0
+    num_score_parts: int = 0
 
 
 def mean_value_bytes(layout: PageLayout) -> int:
@@ -62,15 +64,15 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     ``C`` clusters a row and KV head; half = head_size elements of the KV dtype:
 
         score_clusters   query, of the pages' indexes all but what is of values; scores
-                         (fp32, a query head), tile_stats (two fp32 for 16 clusters, a
-                         query head)
-        select_clusters  scores, tile_stats, C ends; C marks (one byte a KV head),
+                         (fp32, a query head), softmax_sums (two fp32 for a part that
+                         has pages, a query head)
+        select_clusters  scores, softmax_sums, C ends; C marks (one byte a KV head),
                          num_attended
         sparse_decode    query, C marks, C ends, attended keys and values, mean values
                          (codes and a step) and scores of the clusters left out; output
         decode           the three as one: query, what of the indexes is not of values,
                          attended keys and values, mean values of the clusters left
-                         out; output. Scores, stats and marks pass between the ops and
+                         out; output. Scores, sums and marks pass between the ops and
                          are nobody's result
         decode_dense, flash_attn, flashinfer, xformers
                          query, all keys and values; output
@@ -97,7 +99,8 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     left_out = clusters - load.selected
     query = shape.num_heads * half  # of a row; the output takes as much
     scores = shape.num_heads * clusters * torch.float32.itemsize
-    stats = shape.num_heads * num_tiles(clusters) * 2 * torch.float32.itemsize
+    parts = min(load.num_score_parts, num_pages)
+    sums = shape.num_heads * parts * 2 * torch.float32.itemsize
     kv_heads = shape.num_kv_heads
     ends = kv_heads * clusters * torch.int16.itemsize
     marks = kv_heads * clusters
@@ -107,9 +110,9 @@ def bytes_owed(op: str, shape: Shape, load: Load) -> int:
     dense = 2 * query + kv_heads * load.seq_len * 2 * half
     scores_left_out = scores * left_out / clusters if clusters else 0
     a_row = {
-        "score_clusters": query + scored + scores + stats,
+        "score_clusters": query + scored + scores + sums,
         "select_clusters": scores
-        + stats
+        + sums
         + ends
         + marks
         + kv_heads * torch.int32.itemsize,  # num_attended
