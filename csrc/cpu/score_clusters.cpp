@@ -19,8 +19,7 @@
 namespace clusterkv::cpu {
 namespace {
 
-constexpr int64_t kPagesAhead = 8;  // whose small fields are asked for
-constexpr int64_t kGrain = 8192;    // pages * group * head_size: less is not worth waking a thread
+constexpr int64_t kGrain = 8192;  // pages * group * head_size: less is not worth waking a thread
 
 static_assert(16 % kLanes == 0, "a page's 16, 32 or 64 clusters are whole vectors");
 
@@ -209,38 +208,42 @@ void score_clusters_kernel(const ScoreClustersParams& p) {
   torch::stable::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {
     GroupScores<T> of_group(pages, group, p.scale, p.max_clusters);
     std::vector<float> tokens(most_pages * num_clusters);
+    int64_t last_pair = -1;  // row and KV head whose query of_group has
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % num_parts, head = task / num_parts % pages.num_kv_heads;
-      const int64_t req = task / num_parts / pages.num_kv_heads;
+      const int64_t part = task % num_parts, pair = task / num_parts;
+      const int64_t req = pair / pages.num_kv_heads, head = pair % pages.num_kv_heads;
       const int64_t seq_len = rows.seq_lens[req];
       if (is_dense(seq_len, rows.min_sparse_lens[req])) continue;
       const int64_t row_pages = num_indexed_pages(seq_len, pages.block_size);
       if (part >= row_pages) continue;
-      const int64_t num_pages = (row_pages - part + num_parts - 1) / num_parts;
-      const int64_t first_head = head * group;
-      of_group.set_query(static_cast<const T*>(p.query) + req * p.query_row_stride +
-                             first_head * p.query_head_stride,
-                         p.query_head_stride);
-      float* scores = p.scores + (req * rows.num_heads + first_head) * p.max_clusters;
-      float* sums = p.softmax_sums + ((req * rows.num_heads + first_head) * num_parts + part) * 2;
-      const auto page_of = [&](int64_t i) { return part + i * num_parts; };
-      const auto index_of = [&](int64_t i) {
-        return index_of_page(pages, rows, req, head, page_of(i));
+      const int64_t first_head = req * rows.num_heads + head * group;
+      if (pair != last_pair) {
+        of_group.set_query(static_cast<const T*>(p.query) + req * p.query_row_stride +
+                               head * group * p.query_head_stride,
+                           p.query_head_stride);
+        last_pair = pair;
+      }
+      float* scores = p.scores + first_head * p.max_clusters;
+      const auto index_of = [&](int64_t page) {
+        return index_of_page(pages, rows, req, head, page);
       };
-      const auto ask_for_small_fields = [&](int64_t i) {
-        prefetch(index_of(i) + pages.fields.cluster_ends,
+      // Every page is a new place in memory: ask for one while the one before it is scored.
+      const auto ask_for_small_fields = [&](int64_t page) {
+        prefetch(index_of(page) + pages.fields.cluster_ends,
                  pages.fields.bytes - pages.fields.cluster_ends);
       };
-      // Every page is a new place in memory: find some of them before reading any.
-      prefetch(index_of(0), pages.fields.value_codes);
-      for (int64_t i = 0; i < std::min(kPagesAhead, num_pages); ++i) ask_for_small_fields(i);
-      for (int64_t i = 0; i < num_pages; ++i) {
-        if (i + kPagesAhead < num_pages) ask_for_small_fields(i + kPagesAhead);
-        of_group.score_page(index_of(i), index_of(std::min(i + 1, num_pages - 1)),
-                            scores + page_of(i) * num_clusters);
-        count_page_tokens(ends_of_page(pages, rows, req, head, page_of(i)), num_clusters,
-                          page_of(i), p.num_sink_tokens, tokens.data() + i * num_clusters);
+      prefetch(index_of(part), pages.fields.value_codes);
+      ask_for_small_fields(part);
+      int64_t num_pages = 0;
+      for (int64_t page = part; page < row_pages; page += num_parts, ++num_pages) {
+        const bool is_last = page + num_parts >= row_pages;
+        const int64_t next = is_last ? std::min(part + 1, row_pages - 1) : page + num_parts;
+        ask_for_small_fields(next);
+        of_group.score_page(index_of(page), index_of(next), scores + page * num_clusters);
+        count_page_tokens(ends_of_page(pages, rows, req, head, page), num_clusters, page,
+                          p.num_sink_tokens, tokens.data() + num_pages * num_clusters);
       }
+      float* sums = p.softmax_sums + (first_head * num_parts + part) * 2;
       for_head_blocks(group, [&](auto heads, int64_t first) {
         write_softmax_sums<decltype(heads)::value>(
             p, scores + first * p.max_clusters + part * num_clusters, tokens.data(), num_pages,

@@ -195,7 +195,7 @@ def test_threads_change_nothing():
 
     def run(num_threads):
         torch.set_num_threads(num_threads)
-        scores, stats = inputs.score_all(ops)
+        scores, sums = inputs.score_all(ops)
         selected, num_attended = inputs.select(ops, scores, 100)
         output = inputs.decode(ops, scores, selected, num_splits=3)
         return scores, selected, num_attended, output

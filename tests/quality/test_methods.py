@@ -218,15 +218,15 @@ def product(tokens_per_cluster, tail, query, keys, values, token_budget):
     reference.index_pages(cache, index, blocks[:-1], sinks, num_iters)
     ends = IndexFields.of(index, head_size, torch.float32).cluster_ends
     scores = torch.zeros(1, num_heads, max_clusters)
-    stats = torch.zeros(1, num_heads, -(-max_clusters // 16), 2)
+    sums = torch.zeros(1, num_heads, 3, 2)
     selected = torch.zeros(1, num_kv_heads, max_clusters, dtype=torch.uint8)
     attended = torch.zeros(1, num_kv_heads, dtype=torch.int32)
     pages = (cache, index, blocks[None])
     row = (torch.tensor([seq_len], dtype=torch.int32), torch.zeros(1).int())
     query = query[None]
-    reference.score_clusters(query, *pages, *row, SCALE, 16, scores, stats)
+    reference.score_clusters(query, *pages, *row, SCALE, 16, scores, sums)
     choice = (token_budget, selected, attended)
-    reference.select_clusters(scores, stats, *pages, *row, 16, *choice)
+    reference.select_clusters(scores, sums, *pages, *row, 16, *choice)
     output = torch.zeros_like(query)
     rest = (scores, selected, SCALE, 16, tail, torch.empty(0), output)
     reference.sparse_decode(query, *pages, *row, *rest)

@@ -54,16 +54,16 @@ def run(inputs, tier):
     query = inputs.query
     inputs.block_table, inputs.index_table = rows.block_table, rows.index_table
     inputs.host_cache = tier.host_pages(LAYER).host_cache
-    scores, stats = inputs.score_all(ops)
-    selected, _ = inputs.select(ops, scores, CASE.token_budget, stats)
+    scores, sums = inputs.score_all(ops)
+    selected, _ = inputs.select(ops, scores, CASE.token_budget, sums)
     assert inputs.query is query
     return scores, inputs.decode(ops, scores, selected)
 
 
 def expected():
     inputs = make_decode_inputs(CASE)
-    scores, stats = inputs.score_all(ops)
-    selected, _ = inputs.select(ops, scores, CASE.token_budget, stats)
+    scores, sums = inputs.score_all(ops)
+    selected, _ = inputs.select(ops, scores, CASE.token_budget, sums)
     return scores, inputs.decode(ops, scores, selected)
 
 
