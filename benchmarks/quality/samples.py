@@ -117,17 +117,23 @@ class Prompter:
                 f"--context-lens: {task} needs prompts of at least {empty} tokens with "
                 f"this tokenizer, got room for {max_tokens}"
             )
-        guess = 16
+        guess, bisect = 16, False
         while not high or high - low > 1:
             found = measure(guess)
+            room = high - low if high else 0
             if len(found[0]) <= max_tokens:
                 low, best = guess, found
                 if len(best[0]) >= max_tokens * (1 - CLOSE_ENOUGH):
                     break
             else:
                 high = guess
-            a_unit = max((len(found[0]) - empty) / guess, 1e-3)
-            # Aimed a little low, since only lengths below the limit will do.
-            guess = int((max_tokens * (1 - CLOSE_ENOUGH / 2) - empty) / a_unit)
-            guess = min(max(guess, low + 1), high - 1 if high else 4 * low + 16)
+            if bisect:
+                guess = (low + high) // 2
+            else:
+                a_unit = max((len(found[0]) - empty) / guess, 1e-3)
+                # Aimed a little low, since only lengths below the limit will do.
+                guess = int((max_tokens * (1 - CLOSE_ENOUGH / 2) - empty) / a_unit)
+                guess = min(max(guess, low + 1), high - 1 if high else 4 * low + 16)
+            # A word of very many tokens lets the guesses crawl from both sides.
+            bisect = bool(room) and 2 * (high - low) > room and not bisect
         return best

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from benchmarks.quality import longbench, needle_grid, ruler, teacher_forcing
+from benchmarks.quality.samples import Message
 from benchmarks.quality.texts import load_texts
 from benchmarks.quality.words import names
 
@@ -34,6 +35,19 @@ def test_ruler_samples_follow_the_seed(task, prompter, texts):
 
     assert make(0, 0) == make(0, 0)
     assert len({tuple(make(i, s).answers) for i, s in ((0, 0), (1, 0), (0, 1))}) == 3
+
+
+def test_a_word_of_many_tokens_is_found_quickly(prompter):
+    words = [*["word "] * 3000, "9" * 800 + " ", *["word "] * 3000]
+    tried = []
+
+    def build(amount: int) -> Message:
+        tried.append(amount)
+        return Message("".join(words[:amount]), "", [])
+
+    prompt, _ = prompter.fit(build, 3400, "task")
+    assert 3000 <= len(prompt) <= 3400 - 300
+    assert len(tried) < 30
 
 
 def test_needles_have_different_keys_of_which_one_is_asked(prompter, texts):
